@@ -1,0 +1,93 @@
+"""The index of non-zero counts."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+from pyrocell.distributions import NonZeros, attach_nonzeros, log1p_counts
+from tests.distributions.families import sparse_counts
+
+
+def assert_indexes(nonzeros: NonZeros, x: torch.Tensor) -> None:
+    rows, cols = x.nonzero().T
+    assert torch.equal(nonzeros.rows, rows)
+    assert torch.equal(nonzeros.cols, cols)
+    assert torch.equal(nonzeros.flat, rows * x.shape[1] + cols)
+    assert torch.equal(nonzeros.values, x[rows, cols])
+    assert len(nonzeros) == len(rows)
+
+
+def test_search_and_cache() -> None:
+    x = sparse_counts()
+    found = NonZeros.of(x)
+    assert_indexes(found, x)
+    assert NonZeros.of(x) is found
+
+
+def test_the_cache_notices_changes_in_place() -> None:
+    x = sparse_counts()
+    before = NonZeros.of(x)
+    x[0, 0] += 7
+    after = NonZeros.of(x)
+    assert after is not before
+    assert_indexes(after, x)
+
+
+def test_counts_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        x = sparse_counts()
+        assert_indexes(NonZeros.of(x), x)
+
+
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+def test_attach_from_a_sparse_matrix_with_stored_zeros(index: type) -> None:
+    x = sparse_counts()
+    matrix = scipy.sparse.csr_matrix(x.numpy())
+    matrix.data[::5] = 0
+    dense = torch.from_numpy(matrix.toarray())
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr)).astype(index)
+    assert attach_nonzeros(dense, rows, matrix.indices.astype(index), matrix.data) is dense
+    assert_indexes(NonZeros.of(dense), dense)
+
+
+def test_attach_refuses_unequal_lengths() -> None:
+    with pytest.raises(ValueError, match="2, 2 and 3 entries; give one of each"):
+        attach_nonzeros(torch.zeros(2, 2), [0, 1], [0, 1], [1.0, 2.0, 3.0])
+
+
+def test_ranks_put_large_and_broken_counts_first() -> None:
+    x = torch.tensor([[1.0, 0.0, 9.0, 2.0], [2.5, 1.0, 4.0, 0.5]])
+    ranked = NonZeros.of(x).ranked
+    assert ranked.counts.tolist() == [9.0, 2.5, 0.5, 4.0, 2.0]
+    assert ranked.values[ranked.several].tolist() == ranked.counts.tolist()
+    assert ranked.values[ranked.large].tolist() == [9.0, 2.5, 0.5]
+    assert ranked.at_least == (5, 5, 5, 4, 4, 3)
+    torch.testing.assert_close(ranked.log_factorial, torch.lgamma(ranked.counts + 1))
+
+
+def test_a_copy_on_another_device_needs_no_search() -> None:
+    x = sparse_counts()
+    moved = NonZeros.of(x).to("cpu")
+    assert_indexes(moved, x)
+    assert torch.equal(moved.ranked.several, NonZeros.of(x).ranked.several)
+    there = x.clone()
+    assert moved.attach_to(there) is there
+    assert NonZeros.of(there) is moved
+
+
+def test_a_deep_copy_keeps_a_right_index() -> None:
+    x = sparse_counts()
+    NonZeros.of(x)
+    assert_indexes(NonZeros.of(copy.deepcopy(x)), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
+def test_log1p_counts(dtype: torch.dtype) -> None:
+    x = sparse_counts(dtype)
+    expected = torch.log1p(x if x.is_floating_point() else x.float())
+    torch.testing.assert_close(log1p_counts(x), expected, rtol=0, atol=0)
