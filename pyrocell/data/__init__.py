@@ -1,0 +1,37 @@
+"""Data: what models read of an AnnData, checks before training, minibatches, and data to try things on."""
+
+from __future__ import annotations
+
+from pyrocell.data.base import Argument, Field, Frozen, Reader, column_reader, tensor_like
+from pyrocell.data.datasets import pbmc68k
+from pyrocell.data.fields import Categories, Category, Continuous, Counts, SizeFactor
+from pyrocell.data.minibatch import Cells, Dataset, prototype_cells
+from pyrocell.data.registration import make_setup_anndata, read_setup
+from pyrocell.data.schema import Schema
+from pyrocell.data.simulate import simulate_scvi, synthetic_iid
+from pyrocell.data.slots import Slots
+
+# Data to start from, fields, how data are read, and what a new kind of field is made of.
+__all__ = [  # noqa: RUF022
+    "pbmc68k",
+    "synthetic_iid",
+    "simulate_scvi",
+    "Counts",
+    "Category",
+    "Categories",
+    "Continuous",
+    "SizeFactor",
+    "make_setup_anndata",
+    "read_setup",
+    "Schema",
+    "Dataset",
+    "Cells",
+    "prototype_cells",
+    "Field",
+    "Argument",
+    "Frozen",
+    "Slots",
+    "Reader",
+    "column_reader",
+    "tensor_like",
+]

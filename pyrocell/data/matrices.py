@@ -1,0 +1,268 @@
+"""Rows of a cell-by-feature matrix, whatever holds it: dense or sparse, in memory or on disk."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from pyrocell.errors import DataError, PyrocellWarning
+
+__all__ = ["Entries", "MatrixReader", "open_matrix"]
+
+# Reads from disk that are closer than this are joined: one longer read is faster than two calls.
+_GAP_BYTES = 65536
+# Entries of the dense equivalent that one block of a pass over the whole matrix holds: 16 MB as float32.
+_BLOCK = 2**22
+
+
+class Entries(NamedTuple):
+    """Non-zero entries of some rows, ordered by row, then by column; no position occurs twice.
+
+    ``rows`` (position among the rows asked for) and ``cols`` are int64, ``values`` float32, all of one length.
+    """
+
+    rows: np.ndarray
+    cols: np.ndarray
+    values: np.ndarray
+
+    def totals(self, n_rows: int) -> np.ndarray:
+        """Return the sum of each row in float64, shape (n_rows,)."""
+        bounds = np.searchsorted(self.rows, np.arange(n_rows + 1))
+        filled = bounds[1:] > bounds[:-1]
+        totals = np.zeros(n_rows)
+        if filled.any():
+            totals[filled] = np.add.reduceat(self.values, bounds[:-1][filled], dtype=np.float64)
+        return totals
+
+
+class MatrixReader(ABC):
+    """Matrix of shape (n_rows, n_cols) that gives the entries of any rows, in any order."""
+
+    n_rows: int
+    n_cols: int
+
+    @abstractmethod
+    def entries(self, rows: np.ndarray) -> Entries:
+        """Return the non-zero entries of ``rows`` (int64), which may repeat and need no order."""
+
+    def blocks(self) -> Iterator[tuple[int, int, Entries]]:
+        """Walk once over all rows: yield (first row, number of rows, entries), with bounded memory."""
+        step = max(1, _BLOCK // max(1, self.n_cols))
+        for start in range(0, self.n_rows, step):
+            rows = np.arange(start, min(start + step, self.n_rows))
+            yield start, len(rows), self.entries(rows)
+
+
+def open_matrix(
+    matrix: Any, rows: np.ndarray | None = None, cols: np.ndarray | None = None, *, where: str = "the matrix"
+) -> MatrixReader:
+    """Open a matrix for reading by rows; the matrix itself is never changed.
+
+    Parameters
+    ----------
+    matrix
+        Dense array, any scipy sparse matrix or array, or a matrix of a backed AnnData.
+    rows, cols
+        Rows and columns to see, in this order; by default all. In memory, columns are selected here, once; on disk,
+        in every block.
+    where
+        Name of the matrix in messages.
+    """
+    _check_numbers(matrix, where)
+    if _is_sparse_on_disk(matrix):
+        if matrix.format == "csr":
+            return _SparseOnDisk(matrix, rows, cols)
+        warnings.warn(
+            f"{where} is stored by column (CSC) in its file, so single cells cannot be read from it: all of it is "
+            "loaded into memory. To stay on disk, store it by row: adata.X = adata.X.tocsr() before "
+            "adata.write_h5ad(...).",
+            PyrocellWarning,
+            stacklevel=2,
+        )
+        matrix = matrix.to_memory()
+    if sp.issparse(matrix):
+        return _Sparse(*_by_row(matrix, rows, cols))
+    if isinstance(matrix, np.ndarray):
+        return _Dense(*_selected(np.asarray(matrix), rows, cols))
+    return _DenseOnDisk(matrix, rows, cols)
+
+
+def _is_sparse_on_disk(matrix: Any) -> bool:
+    return not sp.issparse(matrix) and hasattr(matrix, "group") and hasattr(matrix, "format")
+
+
+def _check_numbers(matrix: Any, where: str) -> None:
+    readable = sp.issparse(matrix) or isinstance(matrix, np.ndarray) or _is_sparse_on_disk(matrix)
+    lazy = hasattr(matrix, "compute")  # Dask
+    if not readable and (lazy or not hasattr(matrix, "chunks")):
+        raise DataError(
+            f"{where} is a {type(matrix).__name__}, which pyrocell cannot read; expected a NumPy array, a SciPy "
+            "sparse matrix, or the matrix of a backed AnnData."
+        )
+    if getattr(matrix, "ndim", 2) != 2:
+        raise DataError(f"{where} has shape {matrix.shape}; expected cells in rows and features in columns.")
+    if np.dtype(matrix.dtype).kind not in "buif":
+        raise DataError(f"{where} holds values of type {matrix.dtype}; expected numbers.")
+
+
+def _selected(matrix: Any, rows: np.ndarray | None, cols: np.ndarray | None) -> tuple[Any, np.ndarray | None]:
+    """Select columns by a copy; leave a selection of rows alone to be done minibatch by minibatch."""
+    if cols is None:
+        return matrix, rows
+    return (matrix if rows is None else matrix[rows])[:, cols], None
+
+
+def _by_row(matrix: Any, rows: np.ndarray | None, cols: np.ndarray | None) -> tuple[Any, np.ndarray | None]:
+    selected, rows = _selected(matrix, rows, cols)
+    by_row = selected.tocsr()
+    if not by_row.has_canonical_format:
+        by_row = by_row.copy() if by_row is matrix else by_row
+        by_row.sum_duplicates()
+    return by_row, rows
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """Convert to float32, which is what the models see; a selection of rows is a copy already."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32, copy=False)
+
+
+def _without_zeros(rows: np.ndarray, cols: np.ndarray, values: np.ndarray) -> Entries:
+    stored = values != 0
+    return (
+        Entries(rows, cols, values) if stored.all() else Entries(rows[stored], cols[stored], values[stored])
+    )
+
+
+def _gather(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the positions ``starts[i] + (0 .. lengths[i] - 1)`` for each i, one after the other."""
+    ends = np.cumsum(lengths)
+    n_entries = int(ends[-1]) if len(ends) else 0
+    return np.arange(n_entries) + np.repeat(starts - (ends - lengths), lengths)
+
+
+class _Sparse(MatrixReader):
+    """CSR in memory: the user's own matrix where its columns need no change."""
+
+    def __init__(self, matrix: Any, rows: np.ndarray | None) -> None:
+        self._matrix, self._rows = matrix, rows
+        self.n_rows, self.n_cols = matrix.shape if rows is None else (len(rows), matrix.shape[1])
+
+    def entries(self, rows: np.ndarray) -> Entries:
+        chosen = self._matrix[rows if self._rows is None else self._rows[rows]]
+        return _without_zeros(
+            np.repeat(np.arange(len(rows)), np.diff(chosen.indptr)),
+            chosen.indices.astype(np.int64),
+            _numbers(chosen.data),
+        )
+
+
+def _entries_of_dense(dense: np.ndarray) -> Entries:
+    values = _numbers(dense).ravel()
+    flat = (values != 0).nonzero()[0]  # several times faster than a search in floats
+    rows, cols = np.divmod(flat, max(1, dense.shape[1]))
+    return Entries(rows, cols, values[flat])
+
+
+class _Dense(MatrixReader):
+    """Array in memory."""
+
+    def __init__(self, matrix: np.ndarray, rows: np.ndarray | None) -> None:
+        self._matrix, self._rows = matrix, rows
+        self.n_rows, self.n_cols = matrix.shape if rows is None else (len(rows), matrix.shape[1])
+
+    def entries(self, rows: np.ndarray) -> Entries:
+        return _entries_of_dense(self._matrix[rows if self._rows is None else self._rows[rows]])
+
+
+def _runs(starts: np.ndarray, ends: np.ndarray, gap: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Join sorted intervals that lie less than ``gap`` apart.
+
+    Returns the joined intervals, and the position of each start in what reading them one after the other gives.
+    """
+    first = np.flatnonzero(np.concatenate([[True], starts[1:] - ends[:-1] > gap]))
+    run_starts, run_ends = starts[first], ends[np.concatenate([first[1:] - 1, [len(ends) - 1]])]
+    lengths = run_ends - run_starts
+    shift = np.repeat(np.cumsum(lengths) - lengths - run_starts, np.diff(np.append(first, len(starts))))
+    return list(zip(run_starts.tolist(), run_ends.tolist(), strict=True)), starts + shift
+
+
+def _read(array: Any, runs: list[tuple[int, int]]) -> np.ndarray:
+    return np.concatenate([array[start:end] for start, end in runs])
+
+
+class _OnDisk(MatrixReader):
+    """What the two readers of files share: rows and columns are mapped block by block."""
+
+    def __init__(self, shape: tuple[int, int], rows: np.ndarray | None, cols: np.ndarray | None) -> None:
+        self._rows, self._cols = rows, cols
+        self.n_rows = shape[0] if rows is None else len(rows)
+        self.n_cols = shape[1] if cols is None else len(cols)
+
+    def entries(self, rows: np.ndarray) -> Entries:
+        there = rows if self._rows is None else self._rows[rows]
+        if len(there) == 0:
+            nothing = np.zeros(0, dtype=np.int64)
+            return Entries(nothing, nothing, np.zeros(0, dtype=np.float32))
+        # A file is read forwards and each row once; the order asked for is restored in memory.
+        unique, inverse = np.unique(there, return_inverse=True)
+        return self._read_rows(unique, inverse)
+
+    @abstractmethod
+    def _read_rows(self, unique: np.ndarray, inverse: np.ndarray) -> Entries:
+        """Return the entries of ``unique[inverse]``."""
+
+
+class _SparseOnDisk(_OnDisk):
+    """CSR in a file: only the row pointers are held in memory."""
+
+    def __init__(self, matrix: Any, rows: np.ndarray | None, cols: np.ndarray | None) -> None:
+        super().__init__(matrix.shape, rows, cols)
+        self._data, self._indices = matrix.group["data"], matrix.group["indices"]
+        self._indptr = np.asarray(matrix.group["indptr"][:], dtype=np.int64)
+        self._gap = _GAP_BYTES // (self._data.dtype.itemsize + self._indices.dtype.itemsize)
+        self._new_col: np.ndarray | None = None
+        if cols is not None:
+            self._new_col = np.full(matrix.shape[1], -1)
+            self._new_col[cols] = np.arange(len(cols))
+
+    def _read_rows(self, unique: np.ndarray, inverse: np.ndarray) -> Entries:
+        starts, ends = self._indptr[unique], self._indptr[unique + 1]
+        runs, local = _runs(starts, ends, self._gap)
+        lengths = (ends - starts)[inverse]
+        chosen = _gather(local[inverse], lengths)
+        cols = _read(self._indices, runs)[chosen].astype(np.int64)
+        values = _numbers(_read(self._data, runs)[chosen])
+        rows = np.repeat(np.arange(len(inverse)), lengths)
+        if self._new_col is not None:
+            cols = self._new_col[cols]
+            rows, cols, values = rows[cols >= 0], cols[cols >= 0], values[cols >= 0]
+        return _without_zeros(*self._in_order(rows, cols, values))
+
+    def _in_order(self, rows: np.ndarray, cols: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
+        flat = rows * self.n_cols + cols
+        if (np.diff(flat) > 0).all():
+            return rows, cols, values
+        flat, slot = np.unique(flat, return_inverse=True)
+        summed = np.zeros(len(flat))
+        np.add.at(summed, slot, values)
+        return flat // self.n_cols, flat % self.n_cols, _numbers(summed)
+
+
+class _DenseOnDisk(_OnDisk):
+    """Dense array in a file."""
+
+    def __init__(self, matrix: Any, rows: np.ndarray | None, cols: np.ndarray | None) -> None:
+        super().__init__(matrix.shape, rows, cols)
+        self._matrix = matrix
+        self._gap = _GAP_BYTES // max(1, matrix.shape[1] * matrix.dtype.itemsize)
+
+    def _read_rows(self, unique: np.ndarray, inverse: np.ndarray) -> Entries:
+        runs, local = _runs(unique, unique + 1, self._gap)
+        dense = _read(self._matrix, runs)[local[inverse]]
+        return _entries_of_dense(dense if self._cols is None else dense[:, self._cols])

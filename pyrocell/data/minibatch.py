@@ -1,0 +1,263 @@
+"""Cells as tensors: minibatches of data seen through a frozen schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyrocell.data import preflight
+from pyrocell.data.base import Field, Reader, named_fields
+from pyrocell.data.schema import Schema
+from pyrocell.data.slots import Slots
+from pyrocell.distributions import NonZeros
+from pyrocell.errors import QueryError, list_some
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Cells", "Dataset", "prototype_cells"]
+
+
+class Cells:
+    """Some cells as tensors: one attribute for each field of the model.
+
+    Parameters
+    ----------
+    values
+        Tensor of each attribute, first dimension n_cells; None for a size factor that was left out.
+    rows
+        Row of each cell in its data set, int64, shape (n_cells,).
+    n_total
+        Number of cells that these stand for: the size of the plate.
+
+    Attributes
+    ----------
+    counts : Tensor
+        float32, shape (n_cells, n_features), with the index of its non-zeros attached.
+    library : Tensor
+        Total count of each cell over the model's features, float32, shape (n_cells, 1).
+    batch, label : Tensor
+        int64, shape (n_cells,).
+    size_factor : Tensor or None
+        float32, shape (n_cells, 1).
+    categorical_covariates : Tensor
+        int64, shape (n_cells, n_covariates).
+    continuous_covariates : Tensor
+        Standardised, float32, shape (n_cells, n_covariates).
+    """
+
+    counts: Tensor
+    library: Tensor
+    batch: Tensor
+    label: Tensor
+    size_factor: Tensor | None
+    categorical_covariates: Tensor
+    continuous_covariates: Tensor
+    rows: Tensor
+    n_total: int
+
+    def __init__(self, values: Mapping[str, Tensor | None], rows: Tensor, n_total: int) -> None:
+        self.__dict__.update(values, rows=rows, n_total=n_total)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"These cells have no {name!r}; they have {', '.join(self.names())}. Declare it as a field of the model."
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        shapes = [
+            f"{name} {'x'.join(map(str, value.shape))}" if isinstance(value, Tensor) else f"{name} {value}"
+            for name, value in self.__dict__.items()
+        ]
+        return f"Cells({', '.join(shapes)})"
+
+    def names(self) -> list[str]:
+        """Return the names of the attributes that hold data."""
+        return [name for name in self.__dict__ if name not in ("rows", "n_total")]
+
+    def replace(self, **changes: Any) -> Cells:
+        """Return a copy with some attributes changed: what a counterfactual question asks about."""
+        unknown = sorted(set(changes) - set(self.__dict__))
+        if unknown:
+            raise QueryError(
+                f"These cells have no {list_some(unknown)}; they have {', '.join(self.__dict__)}."
+            )
+        values = {**self.__dict__, **changes}
+        return Cells(values, values.pop("rows"), values.pop("n_total"))
+
+    def to(self, device: str | torch.device) -> Cells:
+        """Return the cells on a device; counts travel as their non-zeros and become dense there."""
+        if torch.device(device) == self.rows.device:
+            return self
+        return self.replace(
+            **{
+                name: _moved(value, device)
+                for name, value in self.__dict__.items()
+                if isinstance(value, Tensor)
+            }
+        )
+
+
+def _moved(values: Tensor, device: str | torch.device) -> Tensor:
+    nonzeros = NonZeros.of(values) if getattr(values, "_nonzeros", None) is not None else None
+    return values.to(device) if nonzeros is None else _dense_on(device, values.shape, nonzeros)
+
+
+def _dense_on(device: str | torch.device, shape: torch.Size, nonzeros: NonZeros) -> Tensor:
+    # The index travels with the order of its counts: to find that on the device would make the host wait.
+    there = nonzeros.to(device)
+    dense = torch.zeros(shape, dtype=there.values.dtype, device=device)
+    dense.view(-1).scatter_(0, there.flat, there.values)
+    return there.attach_to(dense)
+
+
+class Dataset:
+    """AnnData seen through a frozen schema: aligned by name, ready for minibatches, never changed.
+
+    Parameters
+    ----------
+    adata
+        Data of the kind that the schema was frozen from. Features may be in another order, and there may be more.
+    schema
+        What the model knows.
+    fields
+        The fields of the model, by name.
+    check
+        Whether to check every count; not needed for the data that the schema was just frozen from.
+
+    Attributes
+    ----------
+    adata : AnnData
+        The data as given.
+    schema : Schema
+        As given.
+    n_cells : int
+        Number of cells.
+    obs_names : Index
+        Names of the cells.
+
+    Raises
+    ------
+    DataError
+        If features are missing, categories unknown, or values not what they should be; the message names them.
+    SetupError
+        If a layer or column that the set-up names is not there.
+    """
+
+    def __init__(
+        self, adata: AnnData, schema: Schema, fields: Mapping[str, Field], *, check: bool = True
+    ) -> None:
+        slots = Slots(adata)
+        preflight.check_cell_names(slots.cell_names)
+        self.adata, self.schema = adata, schema
+        self.n_cells = slots.n_cells
+        self.obs_names: pd.Index = slots.cell_names
+        self._readers: list[Reader] = []
+        for name, item in named_fields(fields).items():
+            record = schema.record(name)
+            if check:
+                item.check_values(slots, schema.setup, record)
+            self._readers.append(item.open(slots, schema.setup, record))
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def __repr__(self) -> str:
+        return f"Dataset of {self.n_cells} cells\n{self.schema}"
+
+    def cells(self, rows: np.ndarray, *, n_total: int | None = None) -> Cells:
+        """Return some cells, in the order asked for.
+
+        Parameters
+        ----------
+        rows
+            Whole numbers from 0 to ``n_cells - 1``; they may repeat and need no order.
+        n_total
+            Number of cells that these stand for; by default all of the data set.
+
+        Raises
+        ------
+        QueryError
+            If a row is not in the data.
+        """
+        rows = self._checked(rows)
+        values: dict[str, Tensor | None] = {}
+        for read in self._readers:
+            values.update(read(rows))
+        return Cells(values, torch.from_numpy(rows), self.n_cells if n_total is None else n_total)
+
+    def minibatches(
+        self,
+        rows: np.ndarray | None,
+        batch_size: int,
+        *,
+        rng: np.random.Generator | None = None,
+        device: str | torch.device = "cpu",
+        n_total: int | None = None,
+    ) -> Iterator[Cells]:
+        """Yield cells in minibatches; the last one may be smaller.
+
+        Parameters
+        ----------
+        rows
+            Rows to go through once; None means all.
+        batch_size
+            Cells in a minibatch.
+        rng
+            Generator that shuffles the rows; without one they keep their order.
+        device
+            Where the tensors are wanted.
+        n_total
+            Number of cells that all rows stand for; by default their number.
+        """
+        order = np.arange(self.n_cells) if rows is None else self._checked(rows)
+        if batch_size < 1:
+            raise QueryError(f"batch_size is {batch_size}; expected at least 1.")
+        if rng is not None:
+            order = rng.permutation(order)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            yield self.cells(chosen, n_total=len(order) if n_total is None else n_total).to(device)
+
+    def _checked(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+            raise QueryError(
+                f"Rows have shape {rows.shape} and type {rows.dtype}; expected a list of whole numbers."
+            )
+        rows = np.ascontiguousarray(rows, dtype=np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.n_cells):
+            wrong = rows[(rows < 0) | (rows >= self.n_cells)]
+            raise QueryError(
+                f"There are no rows {list_some(wrong.tolist())}: the data have {self.n_cells} cells."
+            )
+        return rows
+
+
+def prototype_cells(schema: Schema, n: int = 2) -> Cells:
+    """Make up cells of the right shapes, to run a model without data.
+
+    Parameters
+    ----------
+    schema
+        What the model knows.
+    n
+        Number of cells.
+    """
+    values: dict[str, Tensor | None] = {}
+    for record in schema.fields.values():
+        for name, like in record["cells"].items():
+            values[name] = None if like is None else _like(like, n)
+    return Cells(values, torch.arange(n), schema.n_cells)
+
+
+def _like(like: Mapping[str, Any], n: int) -> Tensor:
+    return torch.full((n, *like["shape"]), like["fill"], dtype=getattr(torch, like["dtype"]))

@@ -1,0 +1,188 @@
+"""What is frozen of the data a model was made with: names, categories, moments; all of it JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyrocell.data import preflight
+from pyrocell.data.base import Field, Frozen, named_fields
+from pyrocell.data.registration import complete_setup
+from pyrocell.data.slots import Slots, what_there_is
+from pyrocell.errors import LoadError, QueryError, SetupError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Schema"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, repr=False)
+class Schema:
+    """What a model knows of its data. It holds JSON values only and is saved with the model.
+
+    Parameters
+    ----------
+    n_cells
+        Number of cells it was frozen from.
+    fields
+        A record for each field of the model.
+    setup
+        Arguments of ``setup_anndata``, complete with defaults: where the data are.
+    statistics
+        ``library_log_mean`` and ``library_log_var``: mean and population variance of the log total count in each batch.
+    """
+
+    n_cells: int
+    fields: dict[str, dict[str, Any]]
+    setup: dict[str, Any]
+    statistics: dict[str, list[float]]
+
+    @classmethod
+    def freeze(cls, adata: AnnData, fields: Mapping[str, Field], setup: Mapping[str, Any]) -> Schema:
+        """Check the data thoroughly, and record what the model needs to know.
+
+        Parameters
+        ----------
+        adata
+            Data to train on.
+        fields
+            The fields of the model, by name.
+        setup
+            Arguments that ``setup_anndata`` was given, as `read_setup` returns them.
+
+        Raises
+        ------
+        DataError
+            If the data cannot be used; the message names the offenders and the remedy.
+        SetupError
+            If a layer or column is not there.
+
+        Warns
+        -----
+        PyrocellWarning
+            If a covariate is confounded with the batch.
+        """
+        slots, bound, complete = Slots(adata), named_fields(fields), complete_setup(fields, setup)
+        preflight.check_cell_names(slots.cell_names)
+        for item in bound.values():
+            item.check_setup(slots, complete)
+        frozen = {name: item.freeze(slots, complete) for name, item in bound.items()}
+        _warn_confounded(bound, frozen)
+        return cls(
+            n_cells=slots.n_cells,
+            fields={name: found.record for name, found in frozen.items()},
+            setup=complete,
+            statistics=_library_moments(frozen),
+        )
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Return what is recorded of a field."""
+        if name not in self.fields:
+            raise SetupError(f"The model has no field {name!r}.{what_there_is(name, self.fields)}")
+        return self.fields[name]
+
+    def has(self, name: str) -> bool:
+        """Return whether the field exists and was given in the set-up."""
+        return name in self.fields and bool(self.fields[name]["given"])
+
+    def names(self, name: str) -> list[str]:
+        """Return the names of a field's features, categories, or covariates."""
+        return list(self.record(name)["names"])
+
+    def size(self, name: str) -> int:
+        """Return the number of features, categories, or covariates of a field; 1 for a category that was left out."""
+        return len(self.record(name)["names"])
+
+    def levels(self, name: str) -> list[list[str]]:
+        """Return the categories of each column of a field of several categorical covariates."""
+        record = self.record(name)
+        if "levels" not in record:
+            raise SetupError(
+                f"The field {name!r} has no columns of categories; names({name!r}) says what it has."
+            )
+        return [list(levels) for levels in record["levels"]]
+
+    def sizes(self, name: str) -> list[int]:
+        """Return the number of categories of each column of a field of several categorical covariates."""
+        return [len(levels) for levels in self.levels(name)]
+
+    def code(self, name: str, category: object) -> int:
+        """Return the code of a category of a field, by its name.
+
+        Raises a QueryError, with the categories that there are, if it is none of them.
+        """
+        names = self.names(name)
+        if str(category) not in names:
+            hint = what_there_is(category, names)
+            raise QueryError(f"{name}={category!r}: the model knows no such category.{hint}")
+        return names.index(str(category))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the schema as JSON values; floats keep every digit."""
+        record = {"format": _FORMAT, **vars(self)}
+        copied: dict[str, Any] = json.loads(json.dumps(record, allow_nan=False))
+        return copied
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any] | str) -> Schema:
+        """Make a schema from what `to_json` returned, or from its text.
+
+        Raises a LoadError if it is damaged or from a newer pyrocell.
+        """
+        try:
+            found = json.loads(record if isinstance(record, str) else json.dumps(dict(record)))
+            if found["format"] > _FORMAT:
+                raise LoadError(
+                    f"The schema has format {found['format']}; this pyrocell reads up to {_FORMAT}: install a newer "
+                    "one."
+                )
+            return cls(**{name: found[name] for name in ("n_cells", "fields", "setup", "statistics")})
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise LoadError(f"This is no schema of pyrocell, or it is damaged: {error!r}.") from error
+
+    def __repr__(self) -> str:
+        parts = [f"{self.n_cells} cells"]
+        for name, record in self.fields.items():
+            if record["given"]:
+                parts.append(f"{name}: {_summary(record)}")
+        return "; ".join(parts)
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    names = record["names"]
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} ({shown})"
+
+
+def _warn_confounded(fields: Mapping[str, Field], frozen: Mapping[str, Frozen]) -> None:
+    if "batch" not in frozen or not frozen["batch"].codes:
+        return
+    [(batch_key, batch)] = frozen["batch"].codes.items()
+    covariates = [frozen[name] for name, item in fields.items() if item.is_covariate]
+    preflight.warn_confounded(
+        batch_key,
+        batch,
+        codes={key: codes for found in covariates for key, codes in found.codes.items()},
+        numbers={key: values for found in covariates for key, values in found.numbers.items()},
+    )
+
+
+def _library_moments(frozen: Mapping[str, Frozen]) -> dict[str, list[float]]:
+    totals = frozen["counts"].totals if "counts" in frozen else None
+    if totals is None:
+        return {}
+    batch = np.zeros(len(totals), dtype=np.int64)
+    if "batch" in frozen and frozen["batch"].codes:
+        [batch] = frozen["batch"].codes.values()
+    logs = [np.log(totals[batch == level]) for level in range(batch.max() + 1)]
+    return {
+        "library_log_mean": [float(values.mean()) for values in logs],
+        "library_log_var": [float(values.var()) for values in logs],
+    }
