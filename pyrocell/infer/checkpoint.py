@@ -1,0 +1,100 @@
+"""Checkpoints: all that the next step depends on, so that a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyrocell import files
+from pyrocell.errors import LoadError
+
+if TYPE_CHECKING:
+    from pyrocell.infer.trainer import Trainer
+
+__all__ = ["Progress", "read_checkpoint", "write_checkpoint"]
+
+
+@dataclass
+class Progress:
+    """Where training stands: all that a checkpoint needs beside tensors."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float = math.inf
+    best_epoch: int = -1
+    stale: int = 0
+    bad_in_a_row: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+
+def write_checkpoint(trainer: Trainer, folder: str | Path) -> None:
+    """Write parameters, optimizer, random states, history and the best weights so far."""
+    tensors = {f"module.{name}": t for name, t in trainer.module.state_dict().items()}
+    tensors |= {f"best.{name}": t for name, t in (trainer.best_state or {}).items()}
+    tensors["stream"] = torch.get_rng_state()  # the model's stream is active while it trains
+    scalars: dict[str, Any] = {}
+    for index, state in trainer.optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                scalars[f"{index}.{key}"] = value
+    record = {
+        "kind": "checkpoint",
+        "options": trainer.options,
+        "progress": vars(trainer.progress),
+        "shuffle": trainer.shuffle.bit_generator.state,
+        "optimizer": {"scalars": scalars, "lr": [g["lr"] for g in trainer.optimizer.param_groups]},
+        "plateau": {
+            k: v for k, v in trainer.plateau.state_dict().items() if isinstance(v, int | float | list)
+        },
+    }
+    files.write_folder(folder, "checkpoint", tensors, record)
+
+
+def read_checkpoint(trainer: Trainer, folder: str | Path) -> None:
+    """Put a trainer where the checkpoint was written.
+
+    Raises
+    ------
+    LoadError
+        If the checkpoint is unreadable or belongs to another model or other options.
+    """
+    tensors, record = files.read_folder(folder, "checkpoint")
+    if record.get("options") != trainer.options:
+        raise LoadError(
+            f"The checkpoint in {folder} was written with {record.get('options')}, this call has {trainer.options}. "
+            "Give the same options to go on exactly, or start anew without resume."
+        )
+    try:
+        trainer.module.load_state_dict(_with_prefix(tensors, "module."))
+    except RuntimeError as error:
+        raise LoadError(
+            f"The checkpoint in {folder} belongs to a model of other parts or sizes: {error}"
+        ) from error
+    trainer.best_state = _with_prefix(tensors, "best.") or None
+    trainer.stream.state = tensors["stream"]
+    trainer.shuffle.bit_generator.state = record["shuffle"]
+    trainer.progress = Progress(**record["progress"])
+    _load_optimizer(trainer.optimizer, _with_prefix(tensors, "optimizer."), record["optimizer"])
+    trainer.plateau.load_state_dict(record["plateau"])
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], record: dict[str, Any]
+) -> None:
+    state = optimizer.state_dict()
+    for key, value in {**tensors, **record["scalars"]}.items():
+        index, name = key.split(".", 1)
+        state["state"].setdefault(int(index), {})[name] = value
+    for group, lr in zip(state["param_groups"], record["lr"], strict=True):
+        group["lr"] = lr
+    optimizer.load_state_dict(state)
+
+
+def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,301 @@
+"""Differential analysis between groups of cells of any positive or bounded quantity that a model can draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from pyrocell.errors import DataError, QueryError, list_some
+from pyrocell.infer.comparison import Comparison, compare_groups
+from pyrocell.infer.decisions import bayes_factor, expected_fdr_calls
+from pyrocell.infer.draw_plan import Contrast, plan_draws
+from pyrocell.infer.draw_pool import DrawPool, Pairs, draw_pool, pair_draws
+from pyrocell.infer.effect_statistics import EffectTask, StratumSummary, effect_statistics, superiority
+from pyrocell.infer.raw_summary import RawSummary, summarise_comparisons, summarise_counts
+from pyrocell.infer.scale_sampler import DifferentialOptions, PopulationDraws, ScaleSampler
+
+__all__ = [
+    "Comparison",
+    "DifferentialOptions",
+    "PopulationDraws",
+    "RawSummary",
+    "ScaleSampler",
+    "compare_groups",
+    "differential",
+    "summarise_comparisons",
+    "summarise_counts",
+]
+
+Effect = Literal["log2_ratio", "difference"]
+Columns = dict[str, np.ndarray]
+
+HARDLY_OBSERVED = 0.01
+"""Features with a smaller mean raw count in a group teach the pseudocount."""
+
+SMALLEST_PSEUDOCOUNT = 1e-10
+
+
+def differential(
+    sampler: ScaleSampler,
+    comparisons: Sequence[Comparison],
+    *,
+    mode: Literal["change", "vanilla"] = "change",
+    effect: Effect = "log2_ratio",
+    delta: float | None = 0.25,
+    batches: Sequence[Mapping[str, object]] | None = None,
+    fdr_target: float = 0.05,
+    raw: Sequence[tuple[RawSummary, RawSummary]] | None = None,
+    latent_means: np.ndarray | None = None,
+    options: DifferentialOptions | None = None,
+) -> pd.DataFrame:
+    """Compare the posterior of one quantity between sets of cells, feature by feature.
+
+    Parameters
+    ----------
+    sampler
+        Draws of a positive quantity per feature (or of a bounded one, with ``effect="difference"``).
+    comparisons
+        Pairs of sets of cells, see :func:`compare_groups`. Draws are shared between comparisons that share cells.
+    mode
+        ``"change"``: the probability that the effect is at least ``delta``; ``"vanilla"``: the probability that a cell
+        of one group is higher than a cell of the other.
+    effect
+        ``"log2_ratio"`` after a pseudocount, or ``"difference"``.
+    delta
+        Smallest effect of interest in mode ``"change"``; None learns it from the features' mean effects.
+    batches
+        Substitutions to average over, such as ``[{"batch": "lane1"}, {"batch": "lane2"}]``; draws are compared within
+        the same one. None leaves each cell its own.
+    fdr_target
+        Expected proportion of false calls in the column ``is_de_fdr_<fdr_target>``.
+    raw
+        Sums of the observed counts of both sides, see :func:`summarise_comparisons`; needed to learn the pseudocount.
+    latent_means
+        Latent mean of each cell, shape ``(n_cells, n_latent)``; needed to filter outlier cells.
+    options
+        Finer choices.
+
+    Returns
+    -------
+    DataFrame
+        One row for each feature and comparison, comparisons in the order given, the clearest features first. The
+        columns are defined in the user guide, "Differential expression".
+
+    Raises
+    ------
+    QueryError
+        An argument is out of range, or something that a choice needs is missing.
+    DataError
+        The draws have the wrong shape, or are negative, infinite or not a number.
+    """
+    options = options or DifferentialOptions()
+    _check_choices(mode, effect, delta, fdr_target)
+    _check_raw(raw, comparisons, len(sampler.feature_names))
+    plan = plan_draws(comparisons, batches=batches, options=options, latent_means=latent_means)
+    pool = draw_pool(sampler, plan, options)
+    run = _Run(
+        sampler.feature_names,
+        pool,
+        plan.contrasts,
+        [pair_draws(pool, contrast, options) for contrast in plan.contrasts],
+        StratumSummary.of(pool, sampler.feature_names),
+        raw,
+        options,
+    )
+    columns = _MODES[mode](run, effect, delta)
+    if mode == "change":
+        columns[f"is_de_fdr_{fdr_target}"] = np.stack(
+            [expected_fdr_calls(row, fdr_target) for row in columns["proba_de"]]
+        )
+    return _table(run, columns, sort_by="proba_de" if mode == "change" else "bayes_factor")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The shared draws of one call and what belongs to them: all that a mode needs."""
+
+    feature_names: Sequence[str]
+    pool: DrawPool
+    contrasts: list[Contrast]
+    pairs: list[Pairs]
+    summary: StratumSummary
+    raw: Sequence[tuple[RawSummary, RawSummary]] | None
+    options: DifferentialOptions
+
+
+# ------------------------------------------------------------------------------------------------ modes
+
+
+def _vanilla(run: _Run, effect: Effect, delta: float | None) -> Columns:
+    """Which group is higher (Lopez et al. 2018)."""
+    higher = superiority(run.pool, run.contrasts, run.pairs)
+    first, second = higher[:, 0], higher[:, 1]
+    return {
+        "proba_m1": first,
+        "proba_m2": second,
+        "bayes_factor": bayes_factor(first, second),
+        **_scales(run),
+        **_raw_columns(run),
+    }
+
+
+def _change(run: _Run, effect: Effect, delta: float | None) -> Columns:
+    """How probable an effect of at least delta is (Boyeau et al. 2019, 2023)."""
+    pseudocount = _pseudocount(run) if effect == "log2_ratio" else None
+    task = EffectTask(
+        run.pool, run.contrasts, run.pairs, run.summary, pseudocount, delta, run.options.credible_interval
+    )
+    found = effect_statistics(task)
+    up, down = found.pop("up"), found.pop("down")
+    proba = np.maximum(up, down) if run.options.test == "three" else np.minimum(up + down, 1.0)
+    shape = proba.shape
+    return {
+        "proba_de": proba,
+        "proba_not_de": 1.0 - proba,
+        "bayes_factor": bayes_factor(proba, 1.0 - proba),
+        **_scales(run),
+        **({} if pseudocount is None else {"pseudocounts": np.full(shape, pseudocount)}),
+        "delta": np.broadcast_to(found.pop("delta"), shape),
+        **{
+            f"{measure.prefix}_{name}": found[f"{measure.prefix}_{name}"]
+            for measure in task.measures
+            for name in ("mean", "median", "std", "min", "max", "hdi_low", "hdi_high")
+            if f"{measure.prefix}_{name}" in found
+        },
+        **_raw_columns(run),
+    }
+
+
+_MODES: dict[str, Callable[[_Run, Effect, float | None], Columns]] = {"change": _change, "vanilla": _vanilla}
+
+
+def _scales(run: _Run) -> Columns:
+    """Mean quantity on both sides."""
+    sides = [contrast.sides() for contrast in run.contrasts]
+    return {
+        f"scale{which + 1}": np.stack([run.summary.side_mean(pair[which]) for pair in sides])
+        for which in (0, 1)
+    }
+
+
+def _raw_columns(run: _Run) -> Columns:
+    """Plain averages of the counts on both sides, if the model gave them."""
+    if run.raw is None:
+        return {}
+    quantities: dict[str, Callable[[RawSummary], np.ndarray]] = {
+        "raw_mean": lambda side: side.mean,
+        "non_zeros_proportion": lambda side: side.non_zeros_proportion,
+        "raw_normalized_mean": lambda side: side.normalised_mean,
+    }
+    return {
+        f"{name}{which + 1}": np.stack([quantity(pair[which]) for pair in run.raw])
+        for name, quantity in quantities.items()
+        for which in (0, 1)
+    }
+
+
+def _pseudocount(run: _Run) -> float:
+    """Return the given pseudocount, or the largest that any side teaches: one for all comparisons of a call."""
+    lowest = run.summary.low.min(axis=0)
+    if (lowest < 0).any():
+        names = [name for name, low in zip(run.feature_names, lowest, strict=True) if low < 0]
+        raise DataError(
+            f"Draws of {len(names)} features are negative: {list_some(names)}; expected positive values for a ratio. "
+            'Use effect="difference".'
+        )
+    if run.options.pseudocount is not None:
+        return run.options.pseudocount
+    if run.raw is None:
+        raise QueryError(
+            "The pseudocount cannot be learned because no raw counts were given; expected raw summaries, or a "
+            "pseudocount. Pass raw=... or DifferentialOptions(pseudocount=...)."
+        )
+    sides = (
+        (side, raw)
+        for contrast, pair in zip(run.contrasts, run.raw, strict=True)
+        for side, raw in zip(contrast.sides(), pair, strict=True)
+    )
+    return max(SMALLEST_PSEUDOCOUNT, *(_taught(run.summary.high[side.strata], raw) for side, raw in sides))
+
+
+def _taught(high: np.ndarray, raw: RawSummary) -> float:
+    """Return the 0.9 quantile, over features hardly observed, of the largest draw: how high nothing can look."""
+    hardly = raw.mean < HARDLY_OBSERVED
+    return float(np.quantile(high.max(axis=0)[hardly], 0.9)) if hardly.any() else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ table
+
+
+def _table(run: _Run, columns: Columns, *, sort_by: str) -> pd.DataFrame:
+    """Stack the comparisons, each sorted by the strength of its evidence."""
+    effect = next((np.abs(columns[name]) for name in ("lfc_mean", "effect_mean") if name in columns), None)
+    keys = [np.zeros_like(columns[sort_by]) if effect is None else -effect, -columns[sort_by]]
+    order = np.lexsort(keys, axis=-1)  # ties in the evidence: the larger effect first
+    n_features = order.shape[1]
+    frame: dict[str, object] = {
+        name: _repeat([getattr(contrast.comparison, attribute) for contrast in run.contrasts], n_features)
+        for name, attribute in (("comparison", "name"), ("group1", "group1"), ("group2", "group2"))
+    }
+    frame |= {
+        name: np.take_along_axis(np.asarray(table), order, axis=1).ravel() for name, table in columns.items()
+    }
+    frame |= {name: np.repeat(np.asarray(values), n_features) for name, values in _draw_counts(run).items()}
+    return pd.DataFrame(frame, index=np.asarray(list(run.feature_names), dtype=object)[order.ravel()])
+
+
+def _repeat(values: list[str], times: int) -> np.ndarray:
+    """Repeat each text, as the object column that pandas users expect."""
+    return np.repeat(np.asarray(values, dtype=object), times)
+
+
+def _draw_counts(run: _Run) -> dict[str, list[float] | list[int]]:
+    """Effective sample size of both sides and the number of draws behind each comparison."""
+    sides = [contrast.sides() for contrast in run.contrasts]
+    return {
+        "ess1": [run.pool.side_ess(pair[0]) for pair in sides],
+        "ess2": [run.pool.side_ess(pair[1]) for pair in sides],
+        "n_draws": [
+            sum(run.pool.strata[index].size for index in {*pair[0].strata, *pair[1].strata}) for pair in sides
+        ],
+    }
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _check_choices(mode: str, effect: str, delta: float | None, fdr_target: float) -> None:
+    """Raise on choices that do not exist."""
+    if mode not in _MODES:
+        raise QueryError(f"mode is {mode!r}; expected one of {list_some(_MODES)}.")
+    if effect not in ("log2_ratio", "difference"):
+        raise QueryError(f"effect is {effect!r}; expected 'log2_ratio' or 'difference'.")
+    if delta is not None and not 0 <= delta < float("inf"):
+        raise QueryError(f"delta is {delta!r}; expected a number of at least 0, or None to learn it.")
+    if not 0 < fdr_target < 1:
+        raise QueryError(
+            f"fdr_target is {fdr_target!r}; expected a proportion between 0 and 1, such as 0.05."
+        )
+
+
+def _check_raw(
+    raw: Sequence[tuple[RawSummary, RawSummary]] | None, comparisons: Sequence[Comparison], n_features: int
+) -> None:
+    """Raise unless the raw summaries belong to these comparisons and features."""
+    if raw is None:
+        return
+    if len(raw) != len(comparisons):
+        raise QueryError(
+            f"raw has {len(raw)} entries for {len(comparisons)} comparisons; expected one pair of summaries for each. "
+            "Use summarise_comparisons."
+        )
+    sizes = {len(side.total) for pair in raw for side in pair}
+    if sizes - {n_features}:
+        raise QueryError(
+            f"raw has summaries of {sorted(sizes)} features; expected {n_features}, as the draws. "
+            "Sum the counts of the same features."
+        )

@@ -1,0 +1,164 @@
+"""Pyro effects that keep cross-cutting concerns out of the models: warm-up, recording, early exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.util import site_is_subsample
+
+__all__ = [
+    "CELLS",
+    "NO_WARMUP",
+    "Record",
+    "Site",
+    "Until",
+    "Warmup",
+    "enumerates",
+    "is_latent",
+    "is_local",
+    "is_observed",
+    "lazy_deterministic",
+    "run_until",
+]
+
+Site = Any
+"""One entry of a Pyro trace; Pyro's own type of it says that every key may be missing."""
+
+NO_WARMUP: Any = {"warmup": False}
+"""``infer=NO_WARMUP`` on a site, in model and guide, keeps its KL weight at one throughout."""
+
+CELLS = "cells"
+"""Name of the plate of cells, the same in every model and guide."""
+
+
+def is_local(site: Site) -> bool:
+    """Whether a site has one value per cell, that is, lies inside the plate of cells."""
+    return any(frame.name == CELLS for frame in site["cond_indep_stack"])
+
+
+def is_latent(site: Site) -> bool:
+    """Whether a site is an unobserved random variable (not a plate's subsample)."""
+    return bool(site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site))
+
+
+def is_observed(site: Site) -> bool:
+    """Whether a site is data: observed, and not a value recorded by ``deterministic``."""
+    return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic")
+
+
+def enumerates(site: Site) -> bool:
+    """Whether a discrete latent is summed over rather than drawn."""
+    return is_latent(site) and site["infer"].get("enumerate") is not None
+
+
+def warms_up(site: Site) -> bool:
+    """Whether KL warm-up applies: unobserved, local, not enumerated, and not opted out of."""
+    return is_latent(site) and is_local(site) and not enumerates(site) and site["infer"].get("warmup", True)
+
+
+class Warmup(Messenger):
+    """Weigh the KL term of every local latent by ``weight``; to be put around model *and* guide.
+
+    A site opts out with ``infer=NO_WARMUP``, in the model and in the guide (SCVI's library).
+    An analytic KL takes the guide's scale and a sampled one takes both, hence both sides, always.
+
+    Parameters
+    ----------
+    weight
+        Factor in [0, 1]; a tensor of no dimensions is welcome, so that a schedule needs no host copy.
+    """
+
+    def __init__(self, weight: float | torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if warms_up(msg):
+            msg["infer"] = {**msg["infer"], "scale_before_warmup": msg["scale"]}
+            msg["scale"] = msg["scale"] * self.weight
+
+
+class Record(Messenger):
+    """Ask for values that a model only computes when somebody looks (see `lazy_deterministic`).
+
+    Parameters
+    ----------
+    sites
+        Names wanted; empty for all.
+    """
+
+    def __init__(self, sites: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.sites = frozenset(sites)
+
+    def wants(self, name: str) -> bool:
+        """Whether a site is to be computed."""
+        return not self.sites or name in self.sites
+
+
+def lazy_deterministic(name: str, value: Callable[[], torch.Tensor], *, event_dim: int) -> None:
+    """Name a quantity that queries can ask for, at no cost while training.
+
+    Parameters
+    ----------
+    name
+        Name of the site.
+    value
+        Called to compute the value, only under a `Record` that wants it.
+    event_dim
+        Number of trailing dimensions that belong to one cell's value; Pyro's default breaks plates.
+    """
+    if any(isinstance(effect, Record) and effect.wants(name) for effect in _PYRO_STACK):
+        pyro.deterministic(name, value(), event_dim=event_dim)
+
+
+class _Reached(Exception):
+    """The last site asked for has its value."""
+
+
+class Until(Messenger):
+    """Stop the run as soon as every site asked for has a value: what comes after is never computed.
+
+    Parameters
+    ----------
+    sites
+        Names of the sites.
+    """
+
+    def __init__(self, sites: Iterable[str]) -> None:
+        super().__init__()
+        self.sites = frozenset(sites)
+        self.missing = set(self.sites)
+
+    def __enter__(self) -> Any:
+        self.missing = set(self.sites)
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.missing.discard(msg["name"])
+        if self.sites and not self.missing:
+            raise _Reached
+
+
+def run_until(fn: Callable[..., Any], sites: Iterable[str], *args: Any) -> None:
+    """Run a program until it has passed every site asked for.
+
+    Parameters
+    ----------
+    fn
+        The program.
+    sites
+        Names of the sites; to the end of the program if there are none.
+    *args
+        Arguments of the program.
+    """
+    try:
+        with Until(sites):
+            fn(*args)
+    except _Reached:
+        pass

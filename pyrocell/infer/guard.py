@@ -1,0 +1,58 @@
+"""Watch over one training step: a non-finite loss or gradient must leave no trace in the model."""
+
+from __future__ import annotations
+
+import torch
+
+from pyrocell.errors import list_some
+from pyrocell.infer.elbo import ElboTerms
+
+__all__ = ["FiniteGuard"]
+
+
+class FiniteGuard:
+    """Check gradients, name what is not finite, and undo what a bad minibatch did to running statistics.
+
+    Parameters
+    ----------
+    module
+        Holder of all parameters.
+    max_grad_norm
+        Clip the gradient's norm at this value; None for no clipping.
+    """
+
+    def __init__(self, module: torch.nn.Module, max_grad_norm: float | None) -> None:
+        self.module, self.max_grad_norm = module, max_grad_norm
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.buffers = [b for b in module.buffers() if b.is_floating_point()]
+        self._kept: list[torch.Tensor] = []
+
+    def remember(self) -> None:
+        """Keep the running statistics as they are before the step: a forward pass changes them."""
+        self._kept = [b.clone() for b in self.buffers]
+
+    def undo(self) -> None:
+        """Bring the running statistics back."""
+        for buffer, kept in zip(self.buffers, self._kept, strict=True):
+            buffer.copy_(kept)
+
+    def gradient_is_finite(self) -> bool:
+        """Clip the gradient if asked, and say whether all of it is finite."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        return bool(norm.isfinite())
+
+    def culprit(self, terms: ElboTerms) -> str:
+        """Name the sites, or else the parameters, that are not finite.
+
+        Parameters
+        ----------
+        terms
+            The bound that was evaluated.
+        """
+        sites = [name for name, term in terms.sites.items() if not term.isfinite()]
+        if sites:
+            return f"terms of sites {list_some(sites)}"
+        named = self.module.named_parameters()
+        return f"gradients of {list_some(n for n, p in named if p.grad is not None and not p.grad.isfinite().all())}"

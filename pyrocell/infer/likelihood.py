@@ -1,0 +1,118 @@
+"""How well each cell is explained: importance-weighted marginal likelihood, and weights between cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+
+from pyrocell.infer.draws import Drawer
+from pyrocell.infer.effects import Site, is_latent, is_local, is_observed
+
+__all__ = ["log_importance", "log_marginal"]
+
+
+@torch.no_grad()
+def log_marginal(drawer: Drawer, cells: Any, *, n_samples: int, n_per_pass: int = 100) -> torch.Tensor:
+    """Estimate log p(x) of each cell by importance sampling from the guide.
+
+    ``log p(x_n) ~ logsumexp_m [log p(x_n, h_m) - log q(h_m | x_n)] - log M`` with M draws; with M = 1 this is one
+    draw of the bound, and it grows towards log p(x) with M (Burda, Grosse and Salakhutdinov, ICLR 2016).
+
+    Parameters
+    ----------
+    drawer
+        Model and guide.
+    cells
+        B cells.
+    n_samples
+        Number of draws M.
+    n_per_pass
+        Draws held in memory at once.
+
+    Returns
+    -------
+    Tensor
+        Natural logs, shape ``(B,)``.
+    """
+    total = torch.full((len(cells),), -math.inf)
+    left = n_samples
+    while left > 0:
+        n = min(left, n_per_pass)
+        total = torch.logaddexp(total, _log_weights(drawer, cells, n).logsumexp(0).cpu())
+        left -= n
+    return total - math.log(n_samples)
+
+
+def _log_weights(drawer: Drawer, cells: Any, n_samples: int) -> torch.Tensor:
+    """Return log p(x, h) - log q(h) of each draw and cell, shape ``(n_samples, B)``, local sites only."""
+    guide_trace = drawer.guide_trace(cells, n_samples)
+    model_trace = drawer.model_trace(cells, guide_trace, n_samples, ())
+    log_p = [
+        _log_prob(site)
+        for site in model_trace.nodes.values()
+        if (is_latent(site) or is_observed(site)) and is_local(site)
+    ]
+    log_q = [_log_prob(site) for site in guide_trace.nodes.values() if is_latent(site) and is_local(site)]
+    ratio: Any = sum(log_p) - sum(log_q)
+    return ratio.expand(n_samples, len(cells))
+
+
+def _log_prob(site: Site) -> torch.Tensor:
+    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+
+
+@torch.no_grad()
+def log_importance(
+    drawer: Drawer,
+    latents: Mapping[str, torch.Tensor],
+    anchors: Iterable[tuple[Any, torch.Tensor]],
+    population: Iterable[Any],
+) -> torch.Tensor:
+    """Weigh draws of latents so that they represent a population of cells, also where the guide is wrong.
+
+    The target is the average over cells n of p(h | x_n) = p(h) p(x_n | h) / p(x_n), estimated at some anchor cells; the
+    proposal is the average of q(h | x_m) over all cells of the population.
+
+    Parameters
+    ----------
+    drawer
+        Model and guide.
+    latents
+        Draws of each local latent, shape ``(S, ...)``.
+    anchors
+        Cells of the population, one a time, each with the estimate of its log p(x_n).
+    population
+        Blocks of all cells of the population.
+
+    Returns
+    -------
+    Tensor
+        Unnormalised log weights, shape ``(S,)``.
+    """
+    n_draws = len(next(iter(latents.values())))
+    log_target = torch.full((n_draws,), -math.inf)
+    for cells, log_evidence in anchors:
+        log_joint = _log_joint(drawer, cells, latents, n_draws) - log_evidence
+        log_target = torch.logaddexp(log_target, log_joint.cpu())
+    log_proposal = torch.full((n_draws,), -math.inf)
+    for cells in population:
+        posteriors = drawer.guide_latents(cells)
+        log_q = sum(posteriors[name].log_prob(value[:, None]) for name, value in latents.items())
+        log_proposal = torch.logaddexp(log_proposal, log_q.logsumexp(1).cpu())
+    return log_target - log_proposal
+
+
+def _log_joint(drawer: Drawer, cells: Any, latents: Mapping[str, torch.Tensor], n_draws: int) -> torch.Tensor:
+    """Return log p(h) + log p(x | h) of one cell at every draw, decoded with that cell's own size and batch."""
+    values = {name: value[:, None] for name, value in latents.items()}
+    guide_trace = drawer.guide_trace(cells, n_draws)
+    with poutine.condition(data=values):
+        trace = drawer.model_trace(cells, guide_trace, n_draws, ())
+    sites = [s for s in trace.nodes.values() if (is_latent(s) or is_observed(s)) and is_local(s)]
+    total: Any = sum(_log_prob(site) for site in sites)
+    return total.reshape(n_draws)

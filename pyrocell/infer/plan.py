@@ -1,0 +1,151 @@
+"""Options of training that are rarely changed, in one frozen record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrocell.errors import TrainingError
+
+__all__ = ["TrainingPlan"]
+
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What `train` does beyond its everyday arguments.
+
+    Parameters
+    ----------
+    optimizer
+        ``"adam"``, ``"adamw"``, or a function from parameter groups to an optimizer (which then sets its own
+        learning rate, epsilon and decay).
+    eps
+        Adam's epsilon. The field's 0.01 damps small gradients; it is meant for the per-cell loss used here.
+    weight_decay
+        Decay of network weights (coupled for Adam, decoupled for AdamW). Parameters that are not part of a
+        network, such as dispersions, are never decayed: towards 0 on a log scale would be a hidden prior.
+    max_grad_norm
+        Clip the gradient's norm at this value; None for no clipping.
+    min_kl_weight, max_kl_weight
+        KL weight of the local latents before and after warm-up.
+    n_steps_kl_warmup
+        Warm up over this many minibatches instead of over epochs.
+    train_indices, validation_indices
+        Rows to train on and to validate on, instead of a random split.
+    validate_every
+        Validate every so many epochs; None: every epoch with early stopping or a plateau schedule, else at the end.
+    patience, min_delta
+        Early stopping: epochs without an improvement of the validation ELBO by more than ``min_delta`` nats per
+        cell. Counting starts when warm-up is over.
+    lr_plateau, lr_factor, lr_patience, lr_min
+        Multiply the learning rate by ``lr_factor`` after ``lr_patience`` epochs without improvement.
+    precision
+        ``"float32"`` or ``"bfloat16"`` for the networks' matrix products; likelihoods are always float32.
+    checkpoint
+        Folder that holds the newest state, written every ``checkpoint_every`` epochs; `train` goes on from it
+        with ``resume=``.
+    checkpoint_every
+        Epochs between checkpoints.
+    max_bad_steps
+        Stop with an error after so many steps in a row with a non-finite loss or gradient.
+    """
+
+    optimizer: str | OptimizerFactory = "adam"
+    eps: float = 0.01
+    weight_decay: float = 1e-6
+    max_grad_norm: float | None = None
+    min_kl_weight: float = 0.0
+    max_kl_weight: float = 1.0
+    n_steps_kl_warmup: int | None = None
+    train_indices: Sequence[int] | None = None
+    validation_indices: Sequence[int] | None = None
+    validate_every: int | None = None
+    patience: int = 45
+    min_delta: float = 0.0
+    lr_plateau: bool = False
+    lr_factor: float = 0.6
+    lr_patience: int = 30
+    lr_min: float = 0.0
+    precision: str = "float32"
+    checkpoint: str | Path | None = None
+    checkpoint_every: int = 10
+    max_bad_steps: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse impossible options by name."""
+        if isinstance(self.optimizer, str) and self.optimizer not in ("adam", "adamw"):
+            raise TrainingError(
+                f"optimizer is {self.optimizer!r}; expected 'adam', 'adamw' or a function from parameters to a "
+                "torch optimizer."
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise TrainingError(f"precision is {self.precision!r}; expected 'float32' or 'bfloat16'.")
+        if not 0 <= self.min_kl_weight <= self.max_kl_weight:
+            raise TrainingError(
+                f"KL weights go from {self.min_kl_weight} to {self.max_kl_weight}; expected 0 <= min_kl_weight <= "
+                "max_kl_weight."
+            )
+        for name in ("validate_every", "patience", "lr_patience", "checkpoint_every", "max_bad_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrainingError(f"{name} is {value}; expected an integer of at least 1.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise TrainingError(f"max_grad_norm is {self.max_grad_norm}; expected a positive number or None.")
+
+    def make_optimizer(
+        self, named: Iterable[tuple[str, torch.nn.Parameter]], lr: float
+    ) -> torch.optim.Optimizer:
+        """Build the optimizer.
+
+        Parameters
+        ----------
+        named
+            Parameters by name; a dot in the name says that it belongs to a network.
+        lr
+            Learning rate.
+        """
+        named = [(name, p) for name, p in named if p.requires_grad]
+        networks = [p for name, p in named if "." in name]
+        own = [p for name, p in named if "." not in name]
+        groups = [
+            {"params": networks, "weight_decay": self.weight_decay},
+            {"params": own, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if callable(self.optimizer):
+            return self.optimizer([p for _, p in named])
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
+        return kind(groups, lr=lr, eps=self.eps, fused=fused)
+
+    def kl_weight(self, epoch: int, step: int, n_epochs: int) -> float:
+        """Return the KL weight at some point of training.
+
+        Parameters
+        ----------
+        epoch, step
+            Epochs and minibatches done so far.
+        n_epochs
+            Epochs that warm-up takes.
+        """
+        if self.n_steps_kl_warmup is not None:
+            done = step / self.n_steps_kl_warmup if self.n_steps_kl_warmup else 1.0
+        else:
+            done = epoch / n_epochs if n_epochs else 1.0
+        return self.min_kl_weight + (self.max_kl_weight - self.min_kl_weight) * min(1.0, done)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as plain values, for checkpoints and saved models."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        record["optimizer"] = self.optimizer if isinstance(self.optimizer, str) else "custom"
+        record["checkpoint"] = None
+        for name in ("train_indices", "validation_indices"):
+            if record[name] is not None:
+                record[name] = [int(i) for i in record[name]]
+        return record

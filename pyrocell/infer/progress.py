@@ -1,0 +1,32 @@
+"""What a user sees while training."""
+
+from __future__ import annotations
+
+from pyrocell import settings
+
+__all__ = ["ProgressBar"]
+
+
+class ProgressBar:
+    """A bar that says loss, speed and time left, or nothing when progress is off."""
+
+    def __init__(self, total: int, initial: int) -> None:
+        from tqdm.std import tqdm
+
+        self._bar = tqdm(
+            total=total, initial=initial, unit="epoch", disable=not settings.progress, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, row: dict[str, float]) -> None:
+        """Advance by one epoch."""
+        shown = {"loss": f"{row['elbo_train']:.1f}"}
+        if "elbo_validation" in row:
+            shown["validation"] = f"{row['elbo_validation']:.1f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(1)

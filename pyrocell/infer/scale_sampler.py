@@ -1,0 +1,126 @@
+"""What a model gives to a differential analysis, and the choices of the analysis."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from pyrocell.errors import QueryError
+
+__all__ = ["DifferentialOptions", "Given", "PopulationDraws", "ScaleSampler", "generator"]
+
+Given = Mapping[str, object] | None
+"""Decoder inputs to substitute, for example ``{"batch": "lane1"}``; None leaves each cell its own."""
+
+
+@dataclass(frozen=True)
+class PopulationDraws:
+    """Draws of one quantity for a list of cells.
+
+    Parameters
+    ----------
+    values
+        One posterior draw of one cell in each row, float32, shape ``(n_rows, n_features)``.
+    log_weights
+        Unnormalised log importance weight of each draw, shape ``(n_rows,)``, or None.
+    """
+
+    values: torch.Tensor
+    log_weights: torch.Tensor | None = None
+
+
+class ScaleSampler(Protocol):
+    """What a model provides: draws of one quantity per feature for any list of cells."""
+
+    @property
+    def feature_names(self) -> Sequence[str]:
+        """Names of the features, in the order of the columns of the draws."""
+
+    def draw(
+        self, rows: np.ndarray, *, given: Given, seed: int, weights_from: np.ndarray | None = None
+    ) -> PopulationDraws:
+        """Draw one posterior sample for each row; repeated rows are independent samples.
+
+        The result depends on the arguments only. ``given`` changes what the decoder sees, never what the encoder
+        sees. With ``weights_from``, log weights against that set of cells are returned as well.
+        """
+
+
+@dataclass(frozen=True)
+class DifferentialOptions:
+    """Finer choices of a differential analysis.
+
+    Parameters
+    ----------
+    n_samples
+        Posterior draws on each side. The budget of a run is twice this; comparisons that share cells share it, each
+        disjoint piece of cells getting an equal part, of at least 250.
+    n_pairs
+        At most so many pairs of draws in each comparison; at most four for each draw of the smaller side.
+    pseudocount
+        Added to both sides before the ratio, or None to learn it from the features that are hardly observed.
+    test
+        ``"three"``: the probability of the likelier of up and down; ``"two"``: the probability of either.
+    weights
+        ``"uniform"`` takes the draws as they are; ``"importance"`` corrects them for the error of the guide.
+    truncate_weights
+        Cap importance weights at their mean times the square root of the number of draws.
+    filter_outlier_cells
+        Drop the cells of each side that lie outside a robust Gaussian fitted to their latent means.
+    credible_interval
+        Mass of the highest-density interval of the effect, for example 0.95, or None for no interval.
+    batches1, batches2
+        Substitutions to average over on one side only, instead of the ``batches`` of both sides.
+    seed
+        Seed of cells, draws and pairs.
+
+    Raises
+    ------
+    QueryError
+        A value is out of range.
+    """
+
+    n_samples: int = 5000
+    n_pairs: int = 10000
+    pseudocount: float | None = None
+    test: Literal["three", "two"] = "three"
+    weights: Literal["uniform", "importance"] = "uniform"
+    truncate_weights: bool = False
+    filter_outlier_cells: bool = False
+    credible_interval: float | None = None
+    batches1: Sequence[Mapping[str, object]] | None = None
+    batches2: Sequence[Mapping[str, object]] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        mass = self.credible_interval
+        for name, is_fine, expected in (
+            ("n_samples", self.n_samples >= 2, "an integer of at least 2"),
+            ("n_pairs", self.n_pairs >= 2, "an integer of at least 2"),
+            ("pseudocount", _positive(self.pseudocount), "a positive number, or None to learn it"),
+            ("test", self.test in ("three", "two"), "'three' or 'two'"),
+            ("weights", self.weights in ("uniform", "importance"), "'uniform' or 'importance'"),
+            ("credible_interval", mass is None or 0 < mass < 1, "a mass below 1, such as 0.95, or None"),
+            ("batches1", self.batches1 is None or len(self.batches1) > 0, "a list of batches, or None"),
+            ("batches2", self.batches2 is None or len(self.batches2) > 0, "a list of batches, or None"),
+            ("seed", self.seed >= 0, "an integer of at least 0"),
+        ):
+            if not is_fine:
+                raise QueryError(f"{name} is {getattr(self, name)!r}; expected {expected}. Change {name!r}.")
+
+
+def _positive(value: float | None) -> bool:
+    """Whether a number is absent, or positive and finite."""
+    return value is None or 0 < value < math.inf
+
+
+def generator(seed: int, *content: bytes) -> np.random.Generator:
+    """Random numbers that depend on the seed and on contents, not on how often or in what order they are asked for."""
+    fingerprint = hashlib.blake2b(b"|".join(content), digest_size=16).digest()
+    return np.random.default_rng([seed, *np.frombuffer(fingerprint, dtype="<u4").tolist()])

@@ -1,0 +1,244 @@
+"""The only training loop."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pyrocell import settings
+from pyrocell.errors import PyrocellWarning, TrainingError
+from pyrocell.infer.checkpoint import Progress, write_checkpoint
+from pyrocell.infer.elbo import Elbo, ElboTerms, Population
+from pyrocell.infer.guard import FiniteGuard
+from pyrocell.infer.plan import TrainingPlan
+from pyrocell.infer.progress import ProgressBar
+from pyrocell.infer.streams import RandomStream, seeded
+
+__all__ = ["Trainer"]
+
+Minibatches = Callable[[np.random.Generator | None], Iterable[Population]]
+
+
+class Trainer:
+    """Fit the parameters of a module by stochastic variational inference.
+
+    Parameters
+    ----------
+    elbo
+        The objective.
+    module
+        Holder of every parameter of model and guide.
+    plan
+        Options.
+    stream
+        Random numbers of the model.
+    shuffle
+        NumPy generator that orders the cells of each epoch.
+    lr
+        Learning rate.
+    max_epochs
+        Epochs in all, also after a resume.
+    n_epochs_kl_warmup
+        Epochs until the KL weight is full.
+    early_stopping
+        Whether to stop on a stale validation ELBO and restore the best weights.
+    """
+
+    def __init__(
+        self,
+        elbo: Elbo,
+        module: torch.nn.Module,
+        plan: TrainingPlan,
+        *,
+        stream: RandomStream,
+        shuffle: np.random.Generator,
+        lr: float,
+        max_epochs: int,
+        n_epochs_kl_warmup: int,
+        early_stopping: bool,
+    ) -> None:
+        self.elbo, self.module, self.plan = elbo, module, plan
+        self.stream, self.shuffle = stream, shuffle
+        self.max_epochs, self.n_epochs_kl_warmup = max_epochs, n_epochs_kl_warmup
+        self.early_stopping = early_stopping
+        self.options = {"lr": lr, "n_epochs_kl_warmup": n_epochs_kl_warmup, "early_stopping": early_stopping}
+        self.device = next(module.parameters()).device
+        self.optimizer = plan.make_optimizer(module.named_parameters(), lr)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer,
+            factor=plan.lr_factor,
+            patience=plan.lr_patience,
+            threshold=0.0,
+            threshold_mode="abs",
+            min_lr=plan.lr_min,
+        )
+        self.progress = Progress()
+        self.guard = FiniteGuard(module, plan.max_grad_norm)
+        self._last_finite = self._snapshot()
+        self.best_state: dict[str, torch.Tensor] | None = None
+
+    def fit(self, training: Minibatches, validation: Minibatches | None = None) -> pd.DataFrame:
+        """Train until ``max_epochs`` or the early stop; returns the history, one row an epoch.
+
+        Parameters
+        ----------
+        training, validation
+            Functions that yield the minibatches of one epoch; training ones are shuffled by the generator given.
+
+        Raises
+        ------
+        TrainingError
+            After ``plan.max_bad_steps`` non-finite steps in a row; the last finite state is restored.
+        """
+        bar = ProgressBar(self.max_epochs, self.progress.epoch)
+        with self.stream.active(), bar:
+            while self.progress.epoch < self.max_epochs and not self._stopped_early():
+                row = self._train_epoch(training)
+                if validation is not None and self._validates():
+                    row |= self._validate(validation)
+                    self._judge(row)
+                self._finish_epoch(row)
+                bar.show(row)
+        if self.early_stopping and self.best_state is not None:
+            self.module.load_state_dict(self.best_state)
+        self.module.eval()
+        self._warn_of_skipped_steps()
+        return self.history()
+
+    def history(self) -> pd.DataFrame:
+        """Return one row for each epoch so far."""
+        return pd.DataFrame(self.progress.rows).set_index("epoch") if self.progress.rows else pd.DataFrame()
+
+    def _train_epoch(self, training: Minibatches) -> dict[str, float]:
+        self.module.train()
+        begin, sums, n_cells, skipped = time.perf_counter(), torch.zeros(3, device=self.device), 0, 0
+        weight = kl_global = 0.0
+        for cells in training(self.shuffle):
+            weight = self.plan.kl_weight(self.progress.epoch, self.progress.step, self.n_epochs_kl_warmup)
+            terms = self._step(cells, weight)
+            self.progress.step += 1
+            if terms is None:
+                skipped += 1
+                continue
+            n_cells += len(cells)
+            sums += _sums(terms, len(cells))
+        reconstruction, kl_local, kl_global = (sums / max(n_cells, 1)).tolist()
+        return {
+            "epoch": self.progress.epoch,
+            "elbo_train": reconstruction + kl_local + kl_global,
+            "reconstruction_train": reconstruction,
+            "kl_local_train": kl_local,
+            "kl_global_train": kl_global,
+            "kl_weight": weight,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": time.perf_counter() - begin,
+            "skipped_steps": skipped,
+        }
+
+    def _step(self, cells: Population, weight: float) -> ElboTerms | None:
+        """Take one step; None when it was skipped because the loss or a gradient was not finite."""
+        self.guard.remember()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            terms = self.elbo(cells, weight)
+        if not terms.loss.requires_grad:
+            raise TrainingError(
+                "The loss depends on no parameter; give the model or its guide something to learn."
+            )
+        terms.loss.backward()
+        if not self.guard.gradient_is_finite():
+            self.guard.undo()
+            self._count_bad_step(self.guard.culprit(terms))
+            return None
+        self.progress.bad_in_a_row = 0
+        self.optimizer.step()
+        return terms
+
+    def _count_bad_step(self, culprit: str) -> None:
+        self.progress.bad_in_a_row += 1
+        settings.logger.warning("epoch %d: step skipped, %s not finite", self.progress.epoch, culprit)
+        if self.progress.bad_in_a_row >= self.plan.max_bad_steps:
+            self.module.load_state_dict(self._last_finite)
+            self.module.eval()
+            raise TrainingError(
+                f"{self.progress.bad_in_a_row} steps in a row had non-finite {culprit} (epoch {self.progress.epoch}). "
+                "The model holds its last finite state. Lower lr, set TrainingPlan(max_grad_norm=10), or look for "
+                "extreme values in the data."
+            )
+
+    def _validates(self) -> bool:
+        last = self.progress.epoch == self.max_epochs - 1
+        each = self.plan.validate_every or (1 if self.early_stopping or self.plan.lr_plateau else None)
+        return last or (each is not None and (self.progress.epoch + 1) % each == 0)
+
+    @torch.no_grad()
+    def _validate(self, validation: Minibatches) -> dict[str, float]:
+        self.module.eval()
+        sums, n_cells = torch.zeros(3, device=self.device), 0
+        # The same noise at each validation: epochs are comparable, and training does not feel that it happened.
+        with seeded(self.stream.seed):
+            for cells in validation(None):
+                n_cells += len(cells)
+                sums += _sums(self.elbo(cells), len(cells))
+        reconstruction, kl_local, kl_global = (sums / n_cells).tolist()
+        return {
+            "elbo_validation": reconstruction + kl_local + kl_global,
+            "reconstruction_validation": reconstruction,
+            "kl_local_validation": kl_local,
+        }
+
+    def _judge(self, row: dict[str, float]) -> None:
+        """Update the best state and the learning rate, once warm-up is over."""
+        if row["kl_weight"] < self.plan.max_kl_weight:
+            return
+        value = row["elbo_validation"]
+        if self.plan.lr_plateau:
+            self.plateau.step(value)
+        if value < self.progress.best - self.plan.min_delta:
+            self.progress.best, self.progress.best_epoch, self.progress.stale = value, self.progress.epoch, 0
+            if self.early_stopping:
+                self.best_state = self._snapshot()
+        else:
+            self.progress.stale += 1
+
+    def _stopped_early(self) -> bool:
+        return self.early_stopping and self.progress.stale >= self.plan.patience
+
+    def _finish_epoch(self, row: dict[str, float]) -> None:
+        self.progress.rows.append(row)
+        self.progress.epoch += 1
+        if row["skipped_steps"] == 0:
+            self._last_finite = self._snapshot()
+        if self.plan.checkpoint is not None and (
+            self.progress.epoch % self.plan.checkpoint_every == 0 or self.progress.epoch == self.max_epochs
+        ):
+            write_checkpoint(self, self.plan.checkpoint)
+
+    def _snapshot(self) -> dict[str, torch.Tensor]:
+        return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
+
+    def _autocast(self) -> Any:
+        if self.plan.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _warn_of_skipped_steps(self) -> None:
+        n = int(sum(row["skipped_steps"] for row in self.progress.rows))
+        if n:
+            warnings.warn(
+                f"{n} training steps were skipped because of non-finite losses or gradients; see "
+                "model.history['skipped_steps'] and the log for the sites and parameters.",
+                PyrocellWarning,
+                stacklevel=3,
+            )
+
+
+def _sums(terms: ElboTerms, n_cells: int) -> torch.Tensor:
+    return torch.stack([terms.reconstruction.sum(), terms.kl_local.sum(), terms.kl_global * n_cells])
