@@ -1,0 +1,248 @@
+"""One question to a fitted model: which cells, which features, under which circumstances, in which blocks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pyrocell.data import Cells
+from pyrocell.errors import QueryError, list_some
+from pyrocell.infer.draws import SiteDraws
+from pyrocell.models.given import circumstances_of
+from pyrocell.nn import select_features
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from pyrocell.models.core import ModelCore
+
+__all__ = ["Question", "chosen_cells", "chosen_features"]
+
+# A block of draws of this many numbers stays in the processor's cache; larger ones are slower, not faster.
+_BLOCK_NUMBERS = 2**20
+_SMALLEST_BLOCK = 16
+
+Extract = Callable[[SiteDraws], torch.Tensor]
+Trace = Mapping[str, SiteDraws]
+
+
+class Question:
+    """Cells, features and circumstances of one query, checked before any work, and the loop over blocks.
+
+    Parameters
+    ----------
+    model
+        The model asked.
+    adata, indices, batch_size
+        Cells: data, positions or mask, and block size.
+    given
+        Fields to set in the model; lists are averaged over.
+    features
+        Names of the features wanted; None for all.
+    """
+
+    def __init__(
+        self,
+        model: ModelCore,
+        adata: AnnData | None,
+        indices: Sequence[int] | np.ndarray | None,
+        *,
+        given: Mapping[str, Any] | None = None,
+        features: Sequence[str] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        model.require_trained()
+        self.model = model
+        self.dataset = model.require_data(adata)
+        self.rows = chosen_cells(indices, self.dataset.n_cells)
+        names = model.data.names(model.feature_field)
+        self.features = None if features is None else chosen_features(features, names)
+        self.feature_names = list(names) if features is None else list(features)
+        self.n_features = len(names)
+        self.circumstances = list(circumstances_of(model, given or {}))
+        self.batch_size = batch_size
+
+    def about(self, rows: np.ndarray, given: Mapping[str, Any] | None = None) -> Question:
+        """Return the same question about other cells, under other circumstances."""
+        other = copy(self)
+        other.rows = rows
+        other.circumstances = list(circumstances_of(self.model, given or {}))
+        return other
+
+    def block_size(self, n_samples: int) -> int:
+        """Return the number of cells to work on at once."""
+        size = self.batch_size or max(
+            _SMALLEST_BLOCK, _BLOCK_NUMBERS // (n_samples * max(1, self.n_features))
+        )
+        # Pyro takes parameters of single cells as they lie when a block holds all cells, in whatever order.
+        return min(size, self.dataset.n_cells - 1) if self.model.has_local_parameters else size
+
+    def blocks(self, size: int | None = None) -> Iterator[tuple[slice, Cells]]:
+        """Yield the cells in blocks, each with its place in the result."""
+        size = size or self.block_size(1)
+        start, device = 0, self.model.device
+        for cells in self.dataset.minibatches(self.rows, size, device=device, n_total=self.dataset.n_cells):
+            yield slice(start, start + len(cells)), cells
+            start += len(cells)
+
+    def traces(
+        self, sites: Sequence[str], n_samples: int
+    ) -> Iterator[tuple[slice, slice, Cells, list[dict[str, SiteDraws]]]]:
+        """Yield draws of the sites by blocks of cells and of draws; one trace for each circumstance."""
+        drawer = self.model.drawer()
+        n_at_once = max(1, min(n_samples, _BLOCK_NUMBERS // (_SMALLEST_BLOCK * max(1, self.n_features))))
+        for place, cells in self.blocks(self.block_size(n_at_once)):
+            versions = [cells.replace(**given(cells)) for given in self.circumstances]
+            for start in range(0, n_samples, n_at_once):
+                n = min(n_at_once, n_samples - start)
+                traces = drawer.block(
+                    cells, sites, n_samples=n, counterfactuals=versions, decoding=self._decoding(sites)
+                )
+                yield place, slice(start, start + n), cells, traces
+
+    def _decoding(self, sites: Sequence[str]) -> Callable[[], AbstractContextManager[Any]]:
+        # Only the profile is known to be restricted as a whole; other sites may mix it with parameters of all features.
+        only = self.features if self.model.expression_site in sites else None
+        return lambda: select_features(self.model.module, only)
+
+    def draws(self, site: str, n_samples: int) -> Iterator[SiteDraws]:
+        """Yield all draws of one site, a block of cells at a time, under the first circumstance."""
+        drawer = self.model.drawer()
+        for _, cells in self.blocks(self.block_size(n_samples)):
+            versions = [cells.replace(**self.circumstances[0](cells))]
+            yield drawer.block(cells, [site], n_samples=n_samples, counterfactuals=versions)[0][site]
+
+    def array(
+        self,
+        site: str,
+        extract: Extract,
+        *,
+        n_samples: int,
+        return_mean: bool,
+        scale: Callable[[Cells, Trace], torch.Tensor] | None = None,
+        beside: Sequence[str] = (),
+    ) -> np.ndarray:
+        """Collect one site of all cells.
+
+        Parameters
+        ----------
+        site
+            Name of the site.
+        extract
+            Takes the value wanted out of the draws of a block.
+        n_samples, return_mean
+            Number of draws, and whether to average over them.
+        scale
+            Number to multiply each cell by, from its data and the other sites.
+        beside
+            Other sites that ``scale`` needs.
+
+        Returns
+        -------
+        ndarray
+            ``(n_cells, ...)``, or ``(n_samples, n_cells, ...)`` where more than one draw is kept.
+        """
+        result: np.ndarray | None = None
+        for place, which, cells, traces in self.traces([site, *beside], n_samples):
+            values = [extract(trace[site]) for trace in traces]
+            if scale is not None:
+                values = [value * scale(cells, trace) for value, trace in zip(values, traces, strict=True)]
+            value = self._wanted(torch.stack(values).mean(0) if len(values) > 1 else values[0], site)
+            if not traces[0][site].local:
+                return _finished(value.cpu().numpy(), n_samples, mean=return_mean)
+            if result is None:
+                shape = (len(self.rows), *value.shape[2:])
+                result = np.zeros(shape if return_mean else (n_samples, *shape), dtype=np.float32)
+            if return_mean:
+                result[place] += (value.sum(0) / n_samples).cpu().numpy()
+            else:
+                result[which, place] = value.cpu().numpy()
+        if result is None:
+            raise QueryError("No cells were asked for; give at least one index.")
+        return result[0] if not return_mean and n_samples == 1 else result
+
+    def arrays(
+        self, site: str, extract: Callable[[SiteDraws], dict[str, torch.Tensor]], *, n_samples: int
+    ) -> dict[str, np.ndarray]:
+        """Collect several tensors of one site, averaged over draws; see `array`."""
+        results: dict[str, np.ndarray] = {}
+        for place, _, _, traces in self.traces([site], n_samples):
+            for name, value in extract(traces[0][site]).items():
+                value = self._wanted(value, site)
+                out = results.setdefault(name, np.zeros((len(self.rows), *value.shape[2:]), dtype=np.float32))
+                out[place] += (value.sum(0) / n_samples).cpu().numpy()
+        return results
+
+    def _wanted(self, value: torch.Tensor, site: str) -> torch.Tensor:
+        """Keep the features asked for, unless only these were computed."""
+        if self.features is None or value.shape[-1] == len(self.features) != self.n_features:
+            return value
+        if value.shape[-1] != self.n_features:
+            raise QueryError(
+                f"Site {site!r} has no features to choose from: its last dimension is {value.shape[-1]}."
+            )
+        return value[..., self.features]
+
+    def latent_moments(self, site: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return mean and variance of a Gaussian posterior, or None where the guide has no closed form."""
+        drawer = self.model.drawer()
+        moments: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for _, cells in self.blocks():
+            fn = drawer.guide_latents(cells).get(site)
+            if fn is None or not fn.has_rsample or not bool((fn.variance > 0).any()):
+                return None  # a transform of a latent, or a point
+            moments.append((fn.mean.cpu(), fn.variance.cpu()))
+        mean, variance = (torch.cat(parts).numpy() for parts in zip(*moments, strict=True))
+        return mean, variance
+
+    def table(self, values: np.ndarray) -> pd.DataFrame:
+        """Give an array of cells by features its names."""
+        return pd.DataFrame(
+            values, index=self.dataset.obs_names[self.rows], columns=self.feature_names, copy=False
+        )
+
+
+def _finished(value: np.ndarray, n_samples: int, *, mean: bool) -> np.ndarray:
+    return value.mean(0) if mean else value[0] if n_samples == 1 else value
+
+
+def chosen_cells(indices: Sequence[int] | np.ndarray | None, n_cells: int) -> np.ndarray:
+    """Turn positions or a boolean mask into positions, refusing what is out of range."""
+    if indices is None:
+        return np.arange(n_cells)
+    chosen = np.asarray(indices)
+    if chosen.dtype == bool:
+        if chosen.shape != (n_cells,):
+            raise QueryError(
+                f"indices is a mask of shape {chosen.shape}; expected one entry for each of {n_cells} cells."
+            )
+        return np.flatnonzero(chosen)
+    if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
+        raise QueryError(
+            f"indices has type {chosen.dtype} and {chosen.ndim} dimensions; expected positions (integers) or a boolean "
+            "mask. For names, use adata.obs_names.get_indexer(names)."
+        )
+    bad = chosen[(chosen < -n_cells) | (chosen >= n_cells)]
+    if bad.size:
+        raise QueryError(f"indices has {list_some(bad.tolist())}; the data have {n_cells} cells.")
+    return chosen.astype(np.int64) % n_cells
+
+
+def chosen_features(features: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Turn feature names into positions, refusing unknown ones by name."""
+    if isinstance(features, str):
+        raise QueryError(f"Features were given as the single string {features!r}; give a list of names.")
+    where = {name: i for i, name in enumerate(names)}
+    missing = [name for name in features if name not in where]
+    if missing:
+        close = [match for name in missing[:5] for match in difflib.get_close_matches(str(name), names, n=1)]
+        hint = f" Close: {list_some(close)}." if close else ""
+        raise QueryError(f"The model has no features {list_some(missing)}; it has {len(names)}.{hint}")
+    return [where[name] for name in features]

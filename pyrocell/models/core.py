@@ -1,0 +1,165 @@
+"""What every verb of a model stands on: data, parameters, and the two Pyro programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from torch import nn
+
+from pyrocell.data import Cells, Dataset, Field, Schema, prototype_cells, read_setup
+from pyrocell.errors import NotTrainedError, QueryError, SetupError
+from pyrocell.infer.draws import Drawer
+from pyrocell.infer.effects import CELLS, is_latent, is_local
+from pyrocell.infer.elbo import Elbo
+from pyrocell.infer.streams import RandomStream
+from pyrocell.models.meta import ModelMeta
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["ModelCore"]
+
+Program = Callable[[Cells], Any]
+
+
+class ModelCore(metaclass=ModelMeta):
+    """Data, parameters and programs of a model; `CellModel` adds the verbs."""
+
+    fields: ClassVar[dict[str, Field]]
+    setup_anndata: ClassVar[Callable[..., None]]
+    latent_site: ClassVar[str | None] = None
+    expression_site: ClassVar[str | None] = None
+    observed_site: ClassVar[str] = "x"
+    feature_field: ClassVar[str] = "counts"
+    library_site: ClassVar[str | None] = None
+    max_plate_nesting: ClassVar[int] = 1
+    full_batch: ClassVar[bool] = False
+    max_epochs_cap: ClassVar[int] = 400
+
+    data: Schema
+    stream: RandomStream
+    constructor: dict[str, Any]
+    module: PyroModule
+    has_local_parameters: bool
+    """Whether the guide has parameters of single cells, which only cells in the training data have."""
+
+    def __init__(self, adata: AnnData | None) -> None:
+        if adata is None and self.data is None:
+            raise SetupError(
+                f"{type(self).__name__} needs an AnnData: {type(self).__name__}.setup_anndata(adata, ...), then "
+                f"{type(self).__name__}(adata)."
+            )
+        self.module = PyroModule()
+        self.dataset: Dataset | None = None
+        self.history = pd.DataFrame()
+        self.is_trained = False
+        self.train_indices = self.validation_indices = np.array([], dtype=np.int64)
+        if adata is not None:
+            known = self.data is not None
+            if not known:
+                self.data = Schema.freeze(adata, self.fields, read_setup(adata, type(self).__name__))
+            self.dataset = Dataset(adata, self.data, self.fields, check=known)
+
+    def model(self, cells: Cells) -> None:
+        """Describe how the cells came about: a Pyro model over ``self.plate(cells)``."""
+        raise TypeError(f"{type(self).__name__} has no model(cells); every model needs one.")
+
+    def plate(self, cells: Cells) -> pyro.plate:
+        """Return the plate of cells: the minibatch stands for all ``cells.n_total`` of them."""
+        return pyro.plate(CELLS, cells.n_total, subsample=cells.rows, dim=-1)
+
+    def finish(self) -> None:
+        """Complete the construction: an automatic guide if there is none, and one checked run of both programs."""
+        cells = prototype_cells(self.data)
+        self._is_bayesian = any(getattr(part, "_pyro_samples", None) for part in self.module.modules())
+        self.has_local_parameters = False
+        if not hasattr(type(self), "guide"):
+            self.module.autoguide = AutoNormal(self._program(self.model), create_plates=self.plate)
+            trace = poutine.trace(self.module.autoguide).get_trace(cells)
+            self.has_local_parameters = any(
+                is_latent(site) and is_local(site) for site in trace.nodes.values()
+            )
+        self.module.eval()
+        with pyro.validation_enabled(True), torch.no_grad():
+            self.elbo()(cells)
+
+    def elbo(self) -> Elbo:
+        """Return the objective of this model."""
+        return Elbo(
+            self._program(self.model), self._guide_program(), max_plate_nesting=self.max_plate_nesting
+        )
+
+    def drawer(self) -> Drawer:
+        """Return the source of posterior draws of this model."""
+        return Drawer(
+            self._program(self.model), self._guide_program(), max_plate_nesting=self.max_plate_nesting
+        )
+
+    def _guide_program(self) -> Program:
+        guide = getattr(type(self), "guide", None)
+        return self.module.autoguide if guide is None else self._program(partial(guide, self))
+
+    def _program(self, run: Program) -> Program:
+        """Let a Bayesian module draw each of its weights once a run; others need no such bookkeeping."""
+        if not self._is_bayesian:
+            return run
+
+        def run_in_context(cells: Cells) -> Any:
+            with self.module._pyro_context:
+                return run(cells)
+
+        return run_in_context
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run Pyro without its global parameter store and without per-step validation."""
+        with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+            yield
+
+    def require_data(self, adata: AnnData | None) -> Dataset:
+        """Return the data to work on: those given, seen through the schema, or the model's own."""
+        if adata is not None and (self.dataset is None or adata is not self.dataset.adata):
+            return Dataset(adata, self.data, self.fields)
+        if self.dataset is None:
+            raise QueryError("This model was loaded without data; give adata=, or load it with data.")
+        return self.dataset
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.module.parameters(), torch.zeros(())).device
+
+    def require_trained(self) -> None:
+        """Refuse to answer from random parameters."""
+        if not self.is_trained:
+            raise NotTrainedError(f"This {type(self).__name__} has not been trained; call train() first.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "module" or not isinstance(value, nn.Module | torch.Tensor | PyroParam | PyroSample):
+            object.__setattr__(self, name, value)
+            return
+        if "module" not in self.__dict__:
+            raise TypeError(f"Call super().__init__(adata) before assigning self.{name}.")
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            self.module.register_buffer(name, value)
+        else:
+            setattr(self.module, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        module = self.__dict__.get("module")
+        if module is None or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        try:
+            return getattr(module, name)
+        except AttributeError:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}") from None

@@ -1,0 +1,294 @@
+"""Verbs that ask a fitted model about cells; each names a site and leaves the work to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import rankdata
+
+from pyrocell.errors import QueryError
+from pyrocell.infer.draws import SiteDraws
+from pyrocell.infer.streams import seeded
+from pyrocell.models.asking import Question
+from pyrocell.models.core import ModelCore
+from pyrocell.models.roles import needs
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Queries"]
+
+Indices = Sequence[int] | np.ndarray | None
+Names = Sequence[str] | None
+
+
+class Queries(ModelCore):
+    """Mix-in of `CellModel`: latents, expression, likelihoods, predictions.
+
+    In every verb, ``adata`` is data to ask about (default: the model's own), aligned to the model by feature name;
+    ``indices`` are the cells wanted, as positions or a boolean mask, and results keep their order; ``batch_size`` is
+    the number of cells worked on at once (default: chosen to fit the processor's cache). Draws come from the model's
+    seed, so that the same question has the same answer.
+    """
+
+    @contextmanager
+    def asking(self, seed: int | None = None) -> Iterator[None]:
+        """Enter the state in which questions are answered: trained, evaluating, seeded, nothing of it left after."""
+        self.require_trained()
+        self.module.eval()
+        with self.running(), seeded(self.stream.seed if seed is None else seed), torch.no_grad():
+            yield
+
+    def posterior(
+        self,
+        site: str,
+        adata: AnnData | None = None,
+        *,
+        indices: Indices = None,
+        given: Mapping[str, Any] | None = None,
+        features: Names = None,
+        n_samples: int = 1,
+        return_mean: bool = True,
+        batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> np.ndarray:
+        """Draw any named site of the model, for cells as they are or as they would be.
+
+        Parameters
+        ----------
+        site
+            Name of a sample or deterministic site, such as ``"z"`` or ``"rho"``.
+        adata, indices, batch_size
+            Which cells, and how many at once.
+        given
+            Fields to set in the model, such as ``{"batch": "lane1"}``. A list of values means the average over them.
+            The guide still sees each cell as it was measured.
+        features
+            Names of the features wanted, for sites over features; only these are computed.
+        n_samples
+            Number of draws of each cell.
+        return_mean
+            Whether to average over the draws.
+        seed
+            Seed of the draws instead of the model's.
+
+        Returns
+        -------
+        ndarray
+            Shape ``(n_cells, ...)`` if averaged or drawn once, else ``(n_samples, n_cells, ...)``. A site with one
+            value for all cells has no cell dimension.
+
+        Raises
+        ------
+        NotTrainedError, QueryError
+            If the model is not trained; if a site, feature, category or cell does not exist.
+        """
+        question = Question(self, adata, indices, given=given, features=features, batch_size=batch_size)
+        with self.asking(seed):
+            return question.array(
+                site, lambda draws: draws.value, n_samples=n_samples, return_mean=return_mean
+            )
+
+    @needs("latent_site")
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Indices = None,
+        give_mean: bool = True,
+        return_dist: bool = False,
+        n_samples: int = 5000,
+        batch_size: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Return the latent of each cell.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            Which cells, and how many at once.
+        give_mean
+            The posterior mean if true, else one draw.
+        return_dist
+            Return mean and variance of the Gaussian posterior instead.
+        n_samples
+            Draws that the mean is taken over where it has no closed form (a logistic-normal latent).
+
+        Returns
+        -------
+        ndarray or tuple of ndarray
+            Shape ``(n_cells, n_latent)``, or mean and variance of that shape each.
+        """
+        question, site = Question(self, adata, indices, batch_size=batch_size), str(self.latent_site)
+        with self.asking():
+            moments = question.latent_moments(site) if give_mean or return_dist else None
+            if return_dist and moments is None:
+                raise QueryError(
+                    f"The posterior of {site!r} is no Gaussian; draw it with posterior({site!r}, n_samples=...)."
+                )
+            if moments is not None:
+                return moments if return_dist else moments[0]
+            n_draws = n_samples if give_mean else 1
+            return question.array(site, lambda draws: draws.value, n_samples=n_draws, return_mean=True)
+
+    @needs("expression_site")
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Indices = None,
+        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Names = None,
+        library_size: float | Literal["latent"] = 1.0,
+        n_samples: int = 1,
+        return_mean: bool = True,
+        return_numpy: bool = False,
+        batch_size: int | None = None,
+    ) -> pd.DataFrame | np.ndarray:
+        """Return the denoised expression of each cell.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            Which cells, and how many at once.
+        transform_batch
+            Decode as if from this batch, or as the average over several; by default each cell's own.
+        gene_list
+            Genes wanted; only these are computed.
+        library_size
+            Multiply by this number of counts: 1 gives fractions, 1e4 counts in ten thousand; ``"latent"`` takes each
+            cell's own size, which gives expected counts.
+        n_samples
+            Posterior draws of each cell.
+        return_mean
+            Whether to average over the draws.
+        return_numpy
+            Return an array instead of a table.
+
+        Returns
+        -------
+        DataFrame or ndarray
+            Cells by genes, with names; an array ``(n_samples, n_cells, n_genes)`` if not averaged.
+        """
+        given = None if transform_batch is None else {"batch": transform_batch}
+        question = Question(self, adata, indices, given=given, features=gene_list, batch_size=batch_size)
+        latent_size = library_size == "latent"
+        with self.asking():
+            values = question.array(
+                str(self.expression_site),
+                lambda draws: draws.value,
+                n_samples=n_samples,
+                return_mean=return_mean,
+                scale=self._library_of if latent_size else None,
+                beside=[self.library_site] if latent_size and self.library_site else [],
+            )
+        if library_size != "latent":
+            values *= np.float32(library_size)
+        return values if return_numpy or values.ndim == 3 else question.table(values)
+
+    def _library_of(self, cells: Any, trace: Mapping[str, SiteDraws]) -> torch.Tensor:
+        """Return the size of each cell in counts, shape ``(..., B, 1)``."""
+        if self.library_site is not None:
+            return trace[self.library_site].value
+        size: torch.Tensor = cells.library
+        return size
+
+    @needs("library_site")
+    def get_latent_library_size(
+        self, adata: AnnData | None = None, *, indices: Indices = None, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Return the expected size of each cell in counts, shape ``(n_cells, 1)``.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            Which cells, and how many at once.
+
+        Returns
+        -------
+        ndarray
+            Posterior mean of the size where it is latent, else the size that the model uses.
+        """
+        question = Question(self, adata, indices, batch_size=batch_size)
+        with self.asking():
+            return question.array(
+                str(self.library_site), lambda draws: draws.value, n_samples=1, return_mean=True
+            )
+
+    @needs("expression_site")
+    def get_feature_correlation_matrix(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Indices = None,
+        transform_batch: str | Sequence[str] | None = None,
+        n_samples: int = 10,
+        rna_size_factor: float = 1000.0,
+        correlation_type: Literal["spearman", "pearson"] = "spearman",
+        batch_size: int | None = None,
+    ) -> pd.DataFrame:
+        """Correlate genes over denoised cells, with the noise between cells that dispersion stands for.
+
+        Each draw of a cell gives a gamma draw with mean ``rna_size_factor * rho`` and shape theta; draws of all cells
+        are the rows that are correlated. At most 10,000 rows, of cells chosen at random, so that memory is bounded.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            Which cells, and how many at once.
+        transform_batch
+            Decode as if from this batch; correlations are averaged over several.
+        n_samples
+            Draws of each cell.
+        rna_size_factor
+            Size of the cells in counts.
+        correlation_type
+            ``"spearman"`` or ``"pearson"``.
+
+        Returns
+        -------
+        DataFrame
+            Genes by genes.
+        """
+        if correlation_type not in ("spearman", "pearson"):
+            raise QueryError(f"correlation_type is {correlation_type!r}; expected 'spearman' or 'pearson'.")
+        targets = transform_batch if isinstance(transform_batch, list | tuple) else [transform_batch]
+        matrices = []
+        for target in targets:
+            given = None if target is None else {"batch": target}
+            question = Question(self, adata, indices, given=given, batch_size=batch_size)
+            with self.asking():
+                question.rows = _some_rows(question.rows, max(1, _MOST_ROWS // n_samples), self.stream.seed)
+                rows = [
+                    _gamma_draws(draws, rna_size_factor)
+                    for draws in question.draws(self.observed_site, n_samples)
+                ]
+            matrices.append(_correlation(np.concatenate(rows), correlation_type))
+        names = question.feature_names
+        return pd.DataFrame(np.mean(matrices, axis=0), index=names, columns=names)
+
+
+_MOST_ROWS = 10_000
+
+
+def _some_rows(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
+    return rows if len(rows) <= n else np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
+
+
+def _gamma_draws(draws: SiteDraws, size: float) -> np.ndarray:
+    """Draw denoised values from a gamma with the profile's mean and the likelihood's dispersion, as rows."""
+    parameters = draws.fn.parameters_table
+    mean = size * parameters["mean"] / parameters["mean"].sum(-1, keepdim=True)
+    if "theta" in parameters:
+        theta = parameters["theta"]
+        mean = torch.distributions.Gamma(theta, theta / mean.clamp_min(1e-30), validate_args=False).sample()
+    return mean.flatten(0, -2).cpu().numpy()
+
+
+def _correlation(rows: np.ndarray, kind: str) -> np.ndarray:
+    values = rankdata(rows, axis=0) if kind == "spearman" else rows
+    return np.atleast_2d(np.corrcoef(values, rowvar=False))

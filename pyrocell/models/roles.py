@@ -1,0 +1,61 @@
+"""Verbs that exist only on models which declare the role they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import TYPE_CHECKING, Any, TypeVar
+
+__all__ = ["needs", "verbs"]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+
+    def needs(*roles: str) -> Callable[[Method], Method]:
+        """Return the method as it is, for type checkers."""
+
+else:
+
+    class needs:
+        """Make a method exist only where each of ``roles`` is declared as a class attribute.
+
+        On other models it is no attribute at all (``hasattr`` is false), so nothing is inherited that raises when
+        it is called.
+
+        Parameters
+        ----------
+        *roles
+            Names of class attributes that must not be None, such as ``"latent_site"``.
+        """
+
+        def __init__(self, *roles: str) -> None:
+            self.roles = roles
+
+        def __call__(self, method: Method) -> needs:
+            """Take the method."""
+            self.method = method
+            update_wrapper(self, method)
+            return self
+
+        def missing(self, owner: type) -> list[str]:
+            """Return the roles that a model class does not declare."""
+            return [role for role in self.roles if getattr(owner, role, None) is None]
+
+        def __get__(self, instance: object, owner: type) -> Any:
+            missing = self.missing(owner)
+            if missing:
+                raise AttributeError(
+                    f"{owner.__name__} has no {self.method.__name__}: it declares no {' and no '.join(missing)}."
+                )
+            return self.method.__get__(instance, owner)
+
+
+def verbs(model_class: type) -> dict[str, bool]:
+    """List every verb that depends on a role, and whether the model has it."""
+    found = {}
+    for base in reversed(model_class.__mro__):
+        for name, value in vars(base).items():
+            if hasattr(value, "roles") and hasattr(value, "missing"):
+                found[name] = not value.missing(model_class)
+    return found

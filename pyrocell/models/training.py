@@ -1,0 +1,132 @@
+"""The verb that fits a model: how options become one run of the only training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pyrocell import settings
+from pyrocell.data import Cells
+from pyrocell.errors import TrainingError
+from pyrocell.infer.checkpoint import read_checkpoint
+from pyrocell.infer.plan import TrainingPlan
+from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
+from pyrocell.infer.trainer import Trainer
+from pyrocell.models.core import ModelCore
+
+__all__ = ["Training"]
+
+
+class Training(ModelCore):
+    """Mix-in of `CellModel`: training and its record."""
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        lr: float = 1e-3,
+        batch_size: int = 128,
+        train_size: float = 0.9,
+        validation_size: float | None = None,
+        n_epochs_kl_warmup: int | None = None,
+        early_stopping: bool = False,
+        device: str | None = None,
+        resume: str | Path | None = None,
+        plan: TrainingPlan | None = None,
+    ) -> None:
+        """Fit the model.
+
+        Training again goes on from the present parameters.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the training cells; by default 400 for up to 20,000 cells, and fewer in proportion for more.
+        lr
+            Learning rate.
+        batch_size
+            Cells in a minibatch.
+        train_size, validation_size
+            Fractions of the cells to train on and to validate on (default: the rest).
+        n_epochs_kl_warmup
+            Epochs over which the KL weight grows; by default half of ``max_epochs``, at most 400, so that it ends.
+        early_stopping
+            Stop when the validation ELBO no longer improves, and restore the best weights.
+        device
+            Such as ``"cpu"`` or ``"cuda:0"``; by default ``pyrocell.settings.device`` or the best one present.
+        resume
+            Folder of a checkpoint (see ``TrainingPlan.checkpoint``) to go on from, exactly.
+        plan
+            Everything else.
+
+        Raises
+        ------
+        TrainingError
+            If the options are impossible, or after repeated non-finite steps.
+        """
+        plan = plan or TrainingPlan()
+        dataset = self.require_data(None)
+        self._split(plan, train_size, validation_size)
+        n_train = len(self.train_indices)
+        max_epochs = default_max_epochs(n_train, self.max_epochs_cap) if max_epochs is None else max_epochs
+        batch_size = n_train if self.full_batch else batch_size
+        if max_epochs < 1 or batch_size < 1:
+            raise TrainingError(
+                f"max_epochs is {max_epochs} and batch_size {batch_size}; expected at least 1 of each."
+            )
+        if early_stopping and len(self.validation_indices) == 0:
+            raise TrainingError("early_stopping needs validation cells; set train_size below 1.")
+        warmup = default_kl_warmup(max_epochs) if n_epochs_kl_warmup is None else n_epochs_kl_warmup
+        where = settings.default_device(device)
+        self.module.to(where)
+
+        def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Cells]]:
+            def one_epoch(rng: np.random.Generator | None) -> Iterator[Cells]:
+                # One minibatch of all cells keeps their order: Pyro then takes parameters of cells as they lie.
+                order = rng if len(rows) > batch_size else None
+                return dataset.minibatches(rows, batch_size, rng=order, device=where, n_total=n_train)
+
+            return one_epoch
+
+        with self.running():
+            trainer = Trainer(
+                self.elbo(),
+                self.module,
+                plan,
+                stream=self.stream,
+                shuffle=np.random.default_rng([self.stream.seed, len(self.history)]),
+                lr=lr,
+                max_epochs=max_epochs,
+                n_epochs_kl_warmup=warmup,
+                early_stopping=early_stopping,
+            )
+            if resume is not None:
+                read_checkpoint(trainer, resume)
+            validation = minibatches(self.validation_indices) if len(self.validation_indices) else None
+            try:
+                trainer.fit(minibatches(self.train_indices), validation)
+            finally:
+                self._after_training(trainer.history())
+
+    def _split(self, plan: TrainingPlan, train_size: float, validation_size: float | None) -> None:
+        n_cells = self.require_data(None).n_cells
+        rng = np.random.default_rng([self.stream.seed, n_cells])
+        if self.has_local_parameters:  # a cell that was not trained on would have an untrained posterior
+            self.train_indices, self.validation_indices = np.arange(n_cells), np.array([], dtype=np.int64)
+            return
+        self.train_indices, self.validation_indices = split_cells(n_cells, train_size, validation_size, rng)
+        if plan.train_indices is not None:
+            self.train_indices = chosen_rows(plan.train_indices, n_cells, "TrainingPlan.train_indices")
+            given = () if plan.validation_indices is None else plan.validation_indices
+            self.validation_indices = np.setdiff1d(np.asarray(given, dtype=np.int64), [])
+            if len(self.validation_indices):
+                self.validation_indices = chosen_rows(given, n_cells, "TrainingPlan.validation_indices")
+
+    def _after_training(self, history: pd.DataFrame) -> None:
+        if len(history):
+            history.index += len(self.history)
+            self.history = pd.concat([self.history, history]) if len(self.history) else history
+            self.is_trained = True

@@ -1,0 +1,83 @@
+"""Ask a model everything, and compare answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pyro.poutine.messenger import Messenger
+
+from pyrocell.errors import QueryError
+from pyrocell.infer.effects import is_latent
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from pyrocell.models.base import CellModel
+
+__all__ = ["AtMean", "answers", "assert_same", "has_gaussian_posterior", "loss_at_mean", "state_of"]
+
+
+class AtMean(Messenger):
+    """Replace every draw of the guide by its mean, so that losses can be compared to the last digit."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_latent(msg) and msg["value"] is None and not msg["infer"].get("enumerate"):
+            msg["value"] = msg["fn"].mean
+
+
+def loss_at_mean(model: CellModel, rows: np.ndarray) -> torch.Tensor:
+    """Return the loss of a minibatch, draws at their means, networks in evaluation mode."""
+    dataset = model.require_data(None)
+    cells = next(iter(dataset.minibatches(rows, len(rows), n_total=dataset.n_cells)))
+    model.module.eval()
+    with model.running(), AtMean():
+        return model.elbo()(cells).loss
+
+
+def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None) -> dict[str, np.ndarray]:
+    """Ask everything that a model can be asked about cells."""
+    found: dict[str, np.ndarray] = {}
+    per_cell: dict[str, dict[str, Any]] = {
+        "get_latent_representation": {},
+        "get_normalized_expression": {"n_samples": 2, "return_numpy": True},
+        "get_latent_library_size": {},
+        "posterior_predictive_sample": {},
+        "get_elbo": {"return_mean": False},
+        "get_reconstruction_error": {"return_mean": False},
+        "get_marginal_ll": {"return_mean": False, "n_samples": 5},
+    }
+    for verb, options in per_cell.items():
+        if hasattr(model, verb):
+            found[verb] = np.asarray(getattr(model, verb)(adata, indices=indices, **options))
+    for name, value in model.get_likelihood_parameters(adata, indices=indices).items():
+        found[f"get_likelihood_parameters/{name}"] = value
+    return found
+
+
+def assert_same(one: Mapping[str, np.ndarray], two: Mapping[str, np.ndarray], tolerance: float = 0.0) -> None:
+    """Raise unless two sets of answers are equal, to a tolerance or to the bit."""
+    assert one.keys() == two.keys(), f"different answers: {sorted(one)} and {sorted(two)}"
+    for name, value in one.items():
+        other = two[name]
+        assert value.shape == other.shape, f"{name}: shapes {value.shape} and {other.shape}"
+        if tolerance == 0:
+            assert np.array_equal(value, other), f"{name} differs"
+        else:
+            np.testing.assert_allclose(value, other, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def state_of(model: CellModel) -> dict[str, np.ndarray]:
+    """Return a copy of every parameter and buffer."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in model.module.state_dict().items()}
+
+
+def has_gaussian_posterior(model: CellModel) -> bool:
+    """Say whether the latent's posterior has a mean and a variance in closed form."""
+    try:
+        model.get_latent_representation(indices=[0], return_dist=True)
+    except (AttributeError, QueryError):  # no latent role; a latent known by its draws only
+        return False
+    return True

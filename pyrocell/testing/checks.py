@@ -1,0 +1,277 @@
+"""The promises, one function each."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+
+from pyrocell.errors import DataError, NotTrainedError
+from pyrocell.infer.effects import is_latent, is_local
+from pyrocell.infer.plan import TrainingPlan
+from pyrocell.models.roles import verbs
+from pyrocell.testing.asking import answers, assert_same, has_gaussian_posterior, loss_at_mean, state_of
+from pyrocell.testing.cases import ModelCase
+
+__all__ = ["CHECK_FUNCTIONS"]
+
+
+def _check_loss_falls(case: ModelCase) -> None:
+    history = case.train(case.make(), max_epochs=max(8, case.max_epochs), n_epochs_kl_warmup=0).history
+    assert np.isfinite(history["elbo_train"]).all(), "the loss is not finite"
+    assert history["elbo_train"].iloc[-1] < history["elbo_train"].iloc[0], "the loss does not fall"
+    assert history["skipped_steps"].sum() == 0, "steps were skipped"
+
+
+def _check_gradients(case: ModelCase) -> None:
+    model = case.make()
+    cells = model.require_data(None).cells(np.arange(32))
+    model.module.train()
+    with model.stream.active(), model.running():
+        model.elbo()(cells).loss.backward()
+    dead = [
+        name for name, p in model.module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    assert not dead, f"no gradient reaches {dead}"
+
+
+def _check_minibatches(case: ModelCase) -> None:
+    model = case.make()
+    rows = np.arange(96)
+    n_cells = model.require_data(None).n_cells
+    parts = [loss_at_mean(model, part) for part in np.split(rows, 4)]
+    whole = loss_at_mean(model, rows)
+    assert torch.allclose(torch.stack(parts).mean(), whole, rtol=1e-5), (
+        "minibatch losses do not average to the whole"
+    )
+    gradients = [
+        torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(loss, [*model.module.parameters()], allow_unused=True)
+                if g is not None
+            ]
+        )
+        for loss in (torch.stack(parts).mean(), whole)
+    ]
+    scale = gradients[1].abs().max()
+    assert torch.allclose(gradients[0] / scale, gradients[1] / scale, atol=1e-4), (
+        "minibatch gradients are biased"
+    )
+    assert n_cells >= 96, "give the case at least 96 cells"
+
+
+def _check_order(case: ModelCase) -> None:
+    model = case.trained
+    order = np.random.default_rng(0).permutation(model.require_data(None).n_cells)
+    if has_gaussian_posterior(model):
+        straight, shuffled = (
+            np.asarray(model.get_latent_representation(indices=rows)) for rows in (None, order)
+        )
+        assert_same({"z": straight[order]}, {"z": shuffled}, 1e-5)
+    assert torch.allclose(loss_at_mean(model, order), loss_at_mean(model, np.sort(order)), rtol=1e-5), (
+        "the loss depends on cell order"
+    )
+
+
+def _check_sites(case: ModelCase) -> None:
+    model = case.trained
+    cells = model.require_data(None).cells(np.arange(5))
+    with model.asking():
+        kinds = model.drawer().sites(cells)
+    named = (model.latent_site, model.expression_site, model.library_site, model.observed_site)
+    roles = {site for site in named if site is not None}
+    missing = sorted((set(case.sites) | roles) - set(kinds))
+    assert not missing, f"sites {missing} do not exist; the model has {sorted(kinds)}"
+    for site in sorted(set(case.sites) | roles):
+        one, many = (model.posterior(site, indices=[3, 1], n_samples=m, return_mean=False) for m in (1, 3))
+        assert many.shape == (3, *one.shape), f"{site}: shapes {many.shape} of 3 draws, {one.shape} of one"
+        shape = tuple(case.sites.get(site, one.shape[1:]))
+        assert one.shape == (2, *shape), f"{site}: shape {one.shape[1:]} of a cell, documented {shape}"
+
+
+def _check_files(case: ModelCase) -> None:
+    model = case.trained
+    before = answers(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder, overwrite=True)
+        again = type(model).load(folder, model.require_data(None).adata)
+        empty = type(model).load(folder)
+    assert_same(before, answers(model))  # asking changed nothing
+    assert_same(before, answers(again))
+    assert_same(before, answers(empty, adata=model.require_data(None).adata))
+    pd.testing.assert_frame_equal(model.history, again.history, check_dtype=False)
+
+
+def _check_features(case: ModelCase) -> None:
+    model = case.trained
+    adata = case.data()
+    order = np.random.default_rng(0).permutation(adata.n_vars)
+    assert_same(answers(model), answers(model, adata=adata[:, order].copy()))
+    gone = str(adata.var_names[3])
+    try:
+        answers(model, adata=adata[:, adata.var_names != gone].copy())
+    except DataError as error:
+        assert gone in str(error), f"the error does not name the missing feature {gone!r}: {error}"
+    else:
+        raise AssertionError("data without one of the features were accepted")
+
+
+def _check_categories(case: ModelCase) -> None:
+    for key in (
+        value for name, value in case.setup.items() if name.endswith("_key") and isinstance(value, str)
+    ):
+        adata = case.data()
+        if adata.obs[key].dtype.kind == "f":
+            continue
+        adata.obs[key] = adata.obs[key].astype(str)
+        adata.obs.loc[adata.obs_names[0], key] = "never seen"
+        try:
+            answers(case.trained, adata=adata)
+        except DataError as error:
+            assert "never seen" in str(error), f"the error does not name the unseen category: {error}"
+        else:
+            raise AssertionError(f"an unseen category of {key!r} was accepted")
+
+
+def _check_seed(case: ModelCase) -> None:
+    models = [case.train(case.make(seed=seed)) for seed in (7, 7, 8)]
+    assert_same(state_of(models[0]), state_of(models[1]))
+    assert_same(answers(models[0]), answers(models[1]))
+    assert any(not np.array_equal(v, state_of(models[2])[k]) for k, v in state_of(models[0]).items()), (
+        "the seed has no effect"
+    )
+
+
+def _numpy_state() -> np.ndarray:
+    state: Any = np.random.get_state()
+    return np.array(state[1])
+
+
+def _check_no_global_state(case: ModelCase) -> None:
+    pyro.clear_param_store()
+    numpy_state, torch_state = _numpy_state(), torch.get_rng_state()
+    model = case.train(case.make())
+    answers(model)
+    assert len(pyro.get_param_store()) == 0, f"global parameters: {sorted(pyro.get_param_store().keys())}"
+    assert np.array_equal(_numpy_state(), numpy_state), "NumPy's global generator was used"
+    assert torch.equal(torch.get_rng_state(), torch_state), "torch's global generator was moved"
+
+
+def _check_containers(case: ModelCase) -> None:
+    from anndata import read_h5ad
+    from scipy import sparse
+
+    reference = answers(case.trained)
+    layer = case.setup.get("layer")
+    for convert in (sparse.csr_matrix, sparse.csc_array, lambda x: sparse.csr_matrix(x).toarray()):
+        adata = case.data()
+        if layer is None:
+            adata.X = convert(adata.X)
+        else:
+            adata.layers[layer] = convert(adata.layers[layer])
+        assert_same(reference, answers(case.trained, adata=adata))
+    with tempfile.TemporaryDirectory() as folder:
+        case.data().write_h5ad(Path(folder) / "data.h5ad")
+        backed = read_h5ad(Path(folder) / "data.h5ad", backed="r")
+        try:
+            assert_same(reference, answers(case.trained, adata=backed))
+        finally:
+            backed.file.close()
+
+
+def _check_one_cell(case: ModelCase) -> None:
+    if case.model_class.full_batch:
+        return
+    model = case.make()
+    n = 65 if not model.has_local_parameters else model.require_data(None).n_cells
+    size = 64 if not model.has_local_parameters else n - 1
+    plan = TrainingPlan(train_indices=range(n))
+    history = case.train(model, batch_size=size, plan=plan, max_epochs=1).history
+    assert np.isfinite(history["elbo_train"]).all() and history["skipped_steps"].sum() == 0, (
+        "a minibatch of one cell fails"
+    )
+    assert answers(model, indices=[4])["get_elbo"].shape == (1,), "one cell cannot be asked about"
+
+
+def _check_data_unchanged(case: ModelCase) -> None:
+    adata = case.data()
+    before = adata.copy()
+    answers(case.train(case.make(adata)))
+    assert list(adata.obs) == list(before.obs) and list(adata.obsm) == list(before.obsm), "columns were added"
+    assert list(adata.uns) == list(before.uns) and list(adata.layers) == list(before.layers), (
+        "entries were added"
+    )
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
+    difference = abs(adata.X - before.X)
+    assert difference.sum() == 0, "counts were changed"
+
+
+def _check_interleaved(case: ModelCase) -> None:
+    alone = [case.make(seed=seed) for seed in (1, 2)]
+    for model in alone:
+        for _ in range(2):
+            case.train(model, max_epochs=1)
+    together = [case.make(seed=seed) for seed in (1, 2)]
+    for _ in range(2):
+        for model in together:
+            case.train(model, max_epochs=1)
+    for one, two in zip(alone, together, strict=True):
+        assert_same(state_of(one), state_of(two))
+
+
+def _check_untrained(case: ModelCase) -> None:
+    model = case.make()
+    for verb in ("get_elbo", "get_latent_representation", "get_normalized_expression"):
+        if hasattr(model, verb):
+            try:
+                getattr(model, verb)()
+            except NotTrainedError:
+                continue
+            raise AssertionError(f"{verb} answers from untrained parameters")
+
+
+def _check_verbs(case: ModelCase) -> None:
+    model = case.trained
+    for name, present in verbs(case.model_class).items():
+        assert hasattr(model, name) == present == (name in dir(model)), (
+            f"{name}: declared {present}, found otherwise"
+        )
+
+
+def _check_plate(case: ModelCase) -> None:
+    model = case.make()
+    cells = model.require_data(None).cells(np.arange(4))
+    with model.running(), model.stream.active():
+        model_trace: Any = pyro.poutine.trace(model.elbo().model).get_trace(cells)
+    outside = [
+        n for n, s in model_trace.nodes.items() if is_latent(s) and not is_local(s) and n in case.sites
+    ]
+    assert not outside, f"documented sites {outside} lie outside the plate of cells"
+
+
+CHECK_FUNCTIONS: dict[str, Callable[[ModelCase], None]] = {
+    "loss is finite and falls": _check_loss_falls,
+    "gradients reach every parameter": _check_gradients,
+    "minibatches are unbiased": _check_minibatches,
+    "order of cells is irrelevant": _check_order,
+    "sites exist with their shapes": _check_sites,
+    "sites lie in the plate of cells": _check_plate,
+    "save and load give identical answers": _check_files,
+    "features are aligned by name": _check_features,
+    "unseen categories are refused": _check_categories,
+    "same seed, same result": _check_seed,
+    "no global state": _check_no_global_state,
+    "sparse, dense and backed data agree": _check_containers,
+    "a minibatch of one cell works": _check_one_cell,
+    "the data are left unchanged": _check_data_unchanged,
+    "models trained in turn equal each alone": _check_interleaved,
+    "untrained models do not answer": _check_untrained,
+    "verbs follow roles": _check_verbs,
+}
