@@ -1,0 +1,213 @@
+"""Plots: what is drawn is what was given, and every function returns the axes it drew into."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import anndata
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from pyrocell import plotting
+from pyrocell.errors import QueryError
+from pyrocell.infer.criticism import check_predictions
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    pyplot.close("all")
+
+
+@pytest.fixture
+def adata():
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {
+            "kind": pd.Categorical(rng.choice(["b", "a"], 60), categories=["b", "a", "unused"]),
+            "score": rng.normal(size=60),
+            "flag": rng.random(60) > 0.5,
+        },
+        index=[f"cell{i}" for i in range(60)],
+    )
+    data = anndata.AnnData(rng.poisson(1.0, (60, 2)).astype(np.float32), obs=obs)
+    data.var_names = ["CD3D", "LYZ"]
+    data.obsm["X_umap"] = rng.normal(size=(60, 2))
+    return data
+
+
+@pytest.fixture
+def table():
+    lfc = np.array([3.0, -2.0, 0.1, 0.0, 2.9])
+    return pd.DataFrame(
+        {
+            "lfc_mean": lfc,
+            "proba_de": [1.0, 0.99, 0.2, 0.0, 0.97],
+            "is_de_fdr_0.05": [True, True, False, False, True],
+            "group1": "B cell",
+            "group2": "rest",
+            "comparison": "B cell vs rest",
+        },
+        index=["UP", "DOWN", "FLAT", "NIL", "UP2"],
+    )
+
+
+@pytest.fixture(scope="module")
+def check():
+    rng = np.random.default_rng(0)
+    mean = np.array([0.5, 2.0, 8.0, 0.0])
+    observed = torch.from_numpy(rng.poisson(mean, (200, 4)).astype(np.float32))
+    draws = torch.from_numpy(rng.poisson(mean, (10, 200, 4)).astype(np.float32))
+    return check_predictions([(observed, draws)], feature_names=list("abcd"))
+
+
+def labels(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_training_curves_draw_both_losses_and_skip_epochs_without_validation():
+    history = pd.DataFrame({"elbo_train": [9.0, 5.0, 4.0], "elbo_validation": [np.nan, 6.0, 5.5]})
+    ax = plotting.training_curves(history)
+    train, held_out = ax.lines
+    np.testing.assert_array_equal(train.get_ydata(), [9, 5, 4])
+    np.testing.assert_array_equal(held_out.get_xdata(), [1, 2])
+    assert labels(ax) == ["training cells", "held-out cells"]
+    assert "nats per cell" in ax.get_ylabel()
+    only = plotting.training_curves(history[["elbo_train"]])
+    assert len(only.lines) == 1
+    assert only is not ax
+
+
+def test_first_epochs_do_not_flatten_the_curve():
+    loss = 100 + 1e4 * np.exp(-np.arange(200.0))
+    ax = plotting.training_curves(pd.DataFrame({"elbo_train": loss}))
+    assert ax.get_ylim()[1] < 200
+
+
+def test_training_curves_need_training():
+    with pytest.raises(QueryError, match="train the model first"):
+        plotting.training_curves(pd.DataFrame())
+
+
+def test_latent_colours_categories_in_the_order_given(adata):
+    adata.obs.loc["cell0", "kind"] = np.nan
+    _, given = pyplot.subplots()
+    ax = plotting.latent(adata, color="kind", ax=given)
+    assert ax is given
+    assert labels(ax) == ["b", "a", "missing"]
+    points = ax.collections[0]
+    drawn = {
+        tuple(xy): to_hex(c) for xy, c in zip(points.get_offsets().data, points.get_facecolors(), strict=True)
+    }
+    expected = {"b": "#0072b2", "a": "#e69f00"}
+    for xy, kind in zip(adata.obsm["X_umap"], adata.obs["kind"], strict=True):
+        assert drawn[tuple(xy)] == expected.get(kind, "#dddddd")
+
+
+@pytest.mark.parametrize("color", ["score", "LYZ"])
+def test_latent_colours_numbers_and_genes(adata, color):
+    ax = plotting.latent(adata, basis="umap", color=color)
+    expected = adata.obs["score"] if color == "score" else adata[:, "LYZ"].X.ravel()
+    np.testing.assert_allclose(ax.collections[0].get_array(), expected)
+    assert ax.get_xlabel() == "UMAP 1"
+    assert ax.get_title() == color
+
+
+def test_latent_takes_flags_one_colour_and_many_categories(adata):
+    assert labels(plotting.latent(adata, color="flag")) == ["False", "True"]
+    assert plotting.latent(adata).get_legend() is None
+    for n in (9, 15, 40):
+        adata.obs["many"] = [f"type {i % n:02d}" for i in range(60)]
+        ax = plotting.latent(adata, color="many")
+        assert len(labels(ax)) == n
+        assert len({to_hex(c) for c in ax.collections[0].get_facecolors()}) == n
+
+
+def test_latent_names_what_is_missing(adata):
+    with pytest.raises(QueryError, match=r"no 'tsne'.*'X_umap'"):
+        plotting.latent(adata, basis="tsne")
+    with pytest.raises(QueryError, match="'typ' is neither a gene nor a column"):
+        plotting.latent(adata, color="typ")
+
+
+def test_volcano_colours_what_the_table_calls(table):
+    ax = plotting.volcano(table)
+    silent, up, down = ax.collections[:3]
+    assert [len(part.get_offsets()) for part in (silent, up, down)] == [2, 2, 1]
+    np.testing.assert_allclose(up.get_offsets(), [[3.0, 1.0], [2.9, 0.97]])
+    np.testing.assert_allclose(down.get_offsets(), [[-2.0, 0.99]])
+    assert {text.get_text() for text in ax.texts} == {"UP", "DOWN", "UP2"}
+    assert labels(ax) == ["not called", "higher in B cell (2)", "lower in B cell (1)"]
+    assert ax.get_xlim()[0] == -ax.get_xlim()[1]
+
+
+def test_volcano_labels_do_not_overlap():
+    rng = np.random.default_rng(0)
+    n = 400
+    crowd = pd.DataFrame(
+        {"lfc_mean": 2 + rng.normal(size=n) * 0.01, "proba_de": 1.0, "is_de_fdr_0.05": True},
+        index=[f"LONGNAME{i}" for i in range(n)],
+    )
+    ax = plotting.volcano(crowd, n_labels=100)
+    ax.figure.canvas.draw()
+    assert crowd["lfc_mean"].idxmax() in {text.get_text() for text in ax.texts}  # the largest goes first
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to the point
+    assert boxes
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_volcano_asks_which_comparison_to_draw(table):
+    other = table.assign(group1="T cell", comparison="T cell vs rest", lfc_mean=-table["lfc_mean"])
+    both = pd.concat([table, other])
+    with pytest.raises(QueryError, match=r"2 comparisons.*group="):
+        plotting.volcano(both)
+    for group in ("T cell", "T cell vs rest"):
+        ax = plotting.volcano(both, group=group)
+        assert ax.get_title() == "T cell against rest"
+        np.testing.assert_allclose(ax.collections[1].get_offsets(), [[2.0, 0.99]])
+    with pytest.raises(QueryError, match=r"'NK'.*'B cell', 'T cell'"):
+        plotting.volcano(both, group="NK")
+
+
+def test_volcano_needs_effects(table):
+    with pytest.raises(QueryError, match="mode='change'"):
+        plotting.volcano(table[["proba_de"]])
+    ax = plotting.volcano(table.rename(columns={"lfc_mean": "effect_mean"}).drop(columns="is_de_fdr_0.05"))
+    assert ax.get_xlabel() == "mean difference"
+    assert len(ax.collections[1].get_offsets()) == 2
+
+
+@pytest.mark.parametrize(("what", "n_shown"), [("mean", 3), ("variance", 3), ("zero_fraction", 4)])
+def test_predictive_check_draws_each_feature_and_the_diagonal(check, what, n_shown):
+    ax = plotting.predictive_check(check, what=what)
+    points = ax.collections[-1].get_offsets()
+    assert len(points) == n_shown  # on logarithmic axes there is no place for the feature without counts
+    np.testing.assert_allclose(points[:, 0], check.features[f"observed_{what}"].iloc[:n_shown])
+    np.testing.assert_allclose(points[:, 1], check.features[f"predicted_{what}"].iloc[:n_shown])
+    diagonal = ax.lines[-1]
+    np.testing.assert_allclose(diagonal.get_xdata(), diagonal.get_ydata())
+    assert ax.get_xscale() == ("linear" if what == "zero_fraction" else "log")
+
+
+def test_predictive_check_draws_calibration(check):
+    ax = plotting.predictive_check(check, what="calibration")
+    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], check.pit["density"])
+    assert f"{check.summary['coverage_90']:.1%}" in ax.get_title()
+    with pytest.raises(QueryError, match=r"'spread'.*'calibration'"):
+        plotting.predictive_check(check, what="spread")
+
+
+def test_matplotlib_is_loaded_on_first_use_only():
+    program = "import sys, pyrocell.plotting; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
