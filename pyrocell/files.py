@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ FORMAT_VERSION = 1
 def write_folder(
     folder: str | Path, name: str, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Write ``name.safetensors`` and ``name.json``; a crash in between leaves the old pair readable.
+    """Write ``name.safetensors`` and ``name.json``; halves of two saves are told apart.
 
     Parameters
     ----------
@@ -37,8 +38,11 @@ def write_folder(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = save({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()})
-    text = json.dumps({"format_version": FORMAT_VERSION, "n_bytes": len(data), **record}, indent=1)
+    pair = secrets.token_hex(8)  # tells the two halves of one save from those of another
+    data = save({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, {"pair": pair})
+    text = json.dumps(
+        {"format_version": FORMAT_VERSION, "pair": pair, "n_bytes": len(data), **record}, indent=1
+    )
     # Both new files are complete on disk before either takes the place of an old one.
     for suffix, content in ((".safetensors", data), (".json", text.encode())):
         with open(folder / f".{name}{suffix}.new", "wb") as file:
@@ -70,7 +74,7 @@ def read_folder(folder: str | Path, name: str) -> tuple[dict[str, torch.Tensor],
             f"{tensors_path} has {size} bytes, but {name}.json says {record.get('n_bytes')}: it was truncated or "
             "belongs to another save. Copy the whole folder again, or save again."
         )
-    return _read_tensors(tensors_path), record
+    return _read_tensors(tensors_path, record.get("pair")), record
 
 
 def _read_json(folder: Path, file_name: str) -> dict[str, Any]:
@@ -95,12 +99,16 @@ def _read_json(folder: Path, file_name: str) -> dict[str, Any]:
     return record
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_tensors(path: Path, pair: object) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(str(path))
+        with safe_open(str(path), framework="pt") as file:
+            if (file.metadata() or {}).get("pair") != pair:
+                raise LoadError(
+                    f"{path} and the JSON file beside it come from two different saves; save again."
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(
             f"{path} is not a readable safetensors file ({error}); copy or save it again."

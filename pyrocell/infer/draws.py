@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 
 from pyrocell.errors import QueryError, list_some
-from pyrocell.infer.effects import Record, Site, is_local, is_observed, run_until
+from pyrocell.infer.effects import Record, Site, is_latent, is_local, is_observed, run_until
 
 __all__ = ["DRAWS", "Drawer", "SiteDraws"]
 
@@ -110,13 +110,13 @@ class Drawer:
         return results
 
     @torch.no_grad()
-    def guide_latents(self, cells: Any) -> Site:
+    def guide_latents(self, cells: Any) -> dict[str, Any]:
         """Return the posterior of each local latent given the cells, as distributions over B cells."""
-        trace = poutine.trace(self.guide).get_trace(cells)
+        trace: Any = poutine.trace(self.guide).get_trace(cells)
         return {
             name: site["fn"]
             for name, site in trace.nodes.items()
-            if site["type"] == "sample" and is_local(site)
+            if is_latent(site) and is_local(site) and not site["infer"].get("is_auxiliary")
         }
 
     @torch.no_grad()
@@ -140,7 +140,9 @@ class Drawer:
             self.guide(cells)
         return tracer.trace
 
-    def model_trace(self, cells: Any, guide_trace: Any, n_samples: int, sites: Iterable[str]) -> Any:
+    def model_trace(
+        self, cells: Any, guide_trace: Any, n_samples: int, sites: Iterable[str] | None = None
+    ) -> Any:
         """Run the model on the guide's draws.
 
         Parameters
@@ -150,15 +152,17 @@ class Drawer:
         guide_trace
             What the guide drew.
         sites
-            Run until the last of these, or to the end if there are none.
+            Run until the last of these. Of no names: to the end, computing every deterministic site; None: to the end,
+            without those that are only computed on request.
         """
-        with poutine.trace() as tracer, Record(sites), poutine.replay(trace=guide_trace):
+        recording = nullcontext() if sites is None else Record(sites)
+        with poutine.trace() as tracer, recording, poutine.replay(trace=guide_trace):
 
             def draw() -> None:
                 with self._plate(n_samples):
                     self.model(cells)
 
-            run_until(draw, sites)
+            run_until(draw, sites or ())
         return tracer.trace
 
 

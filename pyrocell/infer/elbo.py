@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.kl import kl_divergence
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
@@ -132,13 +133,12 @@ class Elbo:
             for name, site in guide_trace.nodes.items()
             if is_latent(site) and not site["infer"].get("is_auxiliary")
         ]
-        enumerated = {name for name, site in model_trace.nodes.items() if enumerates(site)}
-        _check_same_latents(set(model_latents) - enumerated, set(guide_latents))
+        traces = (model_trace, guide_trace)
+        enumerated = {name for trace in traces for name, site in trace.nodes.items() if enumerates(site)}
+        _check_same_latents(set(model_latents) - enumerated, set(guide_latents) - enumerated)
         _check_same_cells(model_trace, guide_trace, cells)
         _check_reparameterised(guide_trace)
-        self._enumerates = any(
-            enumerates(site) for trace in (model_trace, guide_trace) for site in trace.nodes.values()
-        )
+        self._enumerates = bool(enumerated)
         rank = {name: i for i, name in enumerate(guide_latents)}
         self._analytic = {
             name: not any(rank.get(earlier, -1) > rank[name] for earlier in model_latents[:i])
@@ -171,15 +171,19 @@ class Elbo:
                 term * (unweighted * per_cell) if is_local(site) else term.sum() / cells.n_total
             )
         for name, site in guide_trace.nodes.items():
-            if is_latent(site) and name not in model_trace.nodes:  # auxiliary: log q alone
-                term = _log_prob(site)
+            # Auxiliary latents, whose term is log q alone, and penalties written with pyro.factor.
+            if (is_latent(site) and name not in model_trace.nodes) or is_observed(site):
+                term, local = _log_prob(site), is_local(site)
+                plain = site["infer"].get("scale_before_warmup", site["scale"])
                 sites[name] = (term * site["scale"]).sum() / cells.n_total
-                totals["kl_local"].append(term * (site["scale"] * per_cell))
+                kind = "kl_local" if local else "kl_global"
+                totals[kind].append(term * (plain * per_cell) if local else term.sum() / cells.n_total)
         summed = {kind: sum((t.detach() for t in terms), zero) for kind, terms in totals.items()}
         return ElboTerms(loss=sum(sites.values(), zero), sites=sites, **summed)
 
     def _enumerated(self, cells: Population) -> ElboTerms:
-        loss = self._enumerating.differentiable_loss(self.model, self.guide, cells) / cells.n_total
+        with torch.enable_grad():  # Pyro's estimator refuses a loss without a gradient
+            loss = self._enumerating.differentiable_loss(self.model, self.guide, cells) / cells.n_total
         whole, zero = loss.detach(), torch.zeros_like(loss.detach())
         return ElboTerms(loss, whole.expand(len(cells)), zero.expand(len(cells)), zero, {"enumerated": loss})
 
@@ -191,7 +195,7 @@ def _log_prob(site: Site) -> torch.Tensor:
 
 def _kl(site: Site, guide_site: Site, *, analytic: bool) -> tuple[torch.Tensor, Any]:
     """KL of one latent, elementwise over its batch shape, and the scale that belongs to it."""
-    if analytic:
+    if analytic and not isinstance(guide_site["fn"], Delta):  # Pyro's KL of a Delta forgets its log_density
         try:
             kl = kl_divergence(guide_site["fn"], site["fn"])
             kl = torch.as_tensor(kl).expand(guide_site["fn"].batch_shape)

@@ -36,12 +36,18 @@ class FiniteGuard:
         for buffer, kept in zip(self.buffers, self._kept, strict=True):
             buffer.copy_(kept)
 
-    def gradient_is_finite(self) -> bool:
-        """Clip the gradient if asked, and say whether all of it is finite."""
+    def is_finite(self, loss: torch.Tensor) -> bool:
+        """Clip the gradient if asked, and say whether all of it is finite, and the loss.
+
+        Parameters
+        ----------
+        loss
+            The loss that the gradient is of.
+        """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        return bool(norm.isfinite())
+        return bool(norm.isfinite() & loss.isfinite())
 
     def culprit(self, terms: ElboTerms) -> str:
         """Name the sites, or else the parameters, that are not finite.

@@ -15,6 +15,8 @@ from pyrocell.infer.effects import Site, is_latent, is_local, is_observed
 
 __all__ = ["log_importance", "log_marginal"]
 
+_DRAWS_AT_ONCE = 512
+
 
 @torch.no_grad()
 def log_marginal(drawer: Drawer, cells: Any, *, n_samples: int, n_per_pass: int = 100) -> torch.Tensor:
@@ -51,7 +53,7 @@ def log_marginal(drawer: Drawer, cells: Any, *, n_samples: int, n_per_pass: int 
 def _log_weights(drawer: Drawer, cells: Any, n_samples: int) -> torch.Tensor:
     """Return log p(x, h) - log q(h) of each draw and cell, shape ``(n_samples, B)``, local sites only."""
     guide_trace = drawer.guide_trace(cells, n_samples)
-    model_trace = drawer.model_trace(cells, guide_trace, n_samples, ())
+    model_trace = drawer.model_trace(cells, guide_trace, n_samples)
     log_p = [
         _log_prob(site)
         for site in model_trace.nodes.values()
@@ -97,8 +99,11 @@ def log_importance(
     n_draws = len(next(iter(latents.values())))
     log_target = torch.full((n_draws,), -math.inf)
     for cells, log_evidence in anchors:
-        log_joint = _log_joint(drawer, cells, latents, n_draws) - log_evidence
-        log_target = torch.logaddexp(log_target, log_joint.cpu())
+        for start in range(0, n_draws, _DRAWS_AT_ONCE):
+            chosen = slice(start, start + _DRAWS_AT_ONCE)
+            part = {name: value[chosen] for name, value in latents.items()}
+            log_joint = _log_joint(drawer, cells, part) - log_evidence
+            log_target[chosen] = torch.logaddexp(log_target[chosen], log_joint.cpu())
     log_proposal = torch.full((n_draws,), -math.inf)
     for cells in population:
         posteriors = drawer.guide_latents(cells)
@@ -107,12 +112,13 @@ def log_importance(
     return log_target - log_proposal
 
 
-def _log_joint(drawer: Drawer, cells: Any, latents: Mapping[str, torch.Tensor], n_draws: int) -> torch.Tensor:
+def _log_joint(drawer: Drawer, cells: Any, latents: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return log p(h) + log p(x | h) of one cell at every draw, decoded with that cell's own size and batch."""
+    n_draws = len(next(iter(latents.values())))
     values = {name: value[:, None] for name, value in latents.items()}
     guide_trace = drawer.guide_trace(cells, n_draws)
     with poutine.condition(data=values):
-        trace = drawer.model_trace(cells, guide_trace, n_draws, ())
+        trace = drawer.model_trace(cells, guide_trace, n_draws)
     sites = [s for s in trace.nodes.values() if (is_latent(s) or is_observed(s)) and is_local(s)]
     total: Any = sum(_log_prob(site) for site in sites)
     return total.reshape(n_draws)

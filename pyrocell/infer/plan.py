@@ -26,7 +26,9 @@ class TrainingPlan:
         ``"adam"``, ``"adamw"``, or a function from parameter groups to an optimizer (which then sets its own
         learning rate, epsilon and decay).
     eps
-        Adam's epsilon. The field's 0.01 damps small gradients; it is meant for the per-cell loss used here.
+        Adam's epsilon for networks. The field's 0.01 damps small gradients; it is meant for the per-cell loss used
+        here. Parameters that are not part of a network, such as dispersions, use 1e-8: damped, they would stay where
+        they started.
     weight_decay
         Decay of network weights (coupled for Adam, decoupled for AdamW). Parameters that are not part of a
         network, such as dispersions, are never decayed: towards 0 on a log scale would be a hidden prior.
@@ -95,6 +97,10 @@ class TrainingPlan:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TrainingError(f"{name} is {value}; expected an integer of at least 1.")
+        if self.validation_indices is not None and self.train_indices is None:
+            raise TrainingError(
+                "validation_indices needs train_indices; give both, or use train_size and validation_size."
+            )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise TrainingError(f"max_grad_norm is {self.max_grad_norm}; expected a positive number or None.")
 
@@ -113,16 +119,17 @@ class TrainingPlan:
         named = [(name, p) for name, p in named if p.requires_grad]
         networks = [p for name, p in named if "." in name]
         own = [p for name, p in named if "." not in name]
-        groups = [
-            {"params": networks, "weight_decay": self.weight_decay},
-            {"params": own, "weight_decay": 0.0},
+        groups: list[dict[str, Any]] = [
+            {"params": networks, "weight_decay": self.weight_decay, "eps": self.eps},
+            # The gradient of one feature's parameter is far below the networks' epsilon, which would freeze it.
+            {"params": own, "weight_decay": 0.0, "eps": min(self.eps, 1e-8)},
         ]
         groups = [group for group in groups if group["params"]]
         if callable(self.optimizer):
-            return self.optimizer([p for _, p in named])
+            return self.optimizer([{"params": group["params"]} for group in groups])
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
-        return kind(groups, lr=lr, eps=self.eps, fused=fused)
+        return kind(groups, lr=lr, fused=fused)
 
     def kl_weight(self, epoch: int, step: int, n_epochs: int) -> float:
         """Return the KL weight at some point of training.
@@ -138,6 +145,8 @@ class TrainingPlan:
             done = step / self.n_steps_kl_warmup if self.n_steps_kl_warmup else 1.0
         else:
             done = epoch / n_epochs if n_epochs else 1.0
+        if done >= 1.0:  # exactly: early stopping waits for this very number
+            return self.max_kl_weight
         return self.min_kl_weight + (self.max_kl_weight - self.min_kl_weight) * min(1.0, done)
 
     def to_json(self) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class Trainer:
                 "The loss depends on no parameter; give the model or its guide something to learn."
             )
         terms.loss.backward()
-        if not self.guard.gradient_is_finite():
+        if not self.guard.is_finite(terms.loss):
             self.guard.undo()
             self._count_bad_step(self.guard.culprit(terms))
             return None
@@ -214,8 +214,9 @@ class Trainer:
     def _finish_epoch(self, row: dict[str, float]) -> None:
         self.progress.rows.append(row)
         self.progress.epoch += 1
-        if row["skipped_steps"] == 0:
-            self._last_finite = self._snapshot()
+        snapshot = self._snapshot()  # skipped steps left no trace in it
+        if all(bool(t.isfinite().all()) for t in snapshot.values()):
+            self._last_finite = snapshot
         if self.plan.checkpoint is not None and (
             self.progress.epoch % self.plan.checkpoint_every == 0 or self.progress.epoch == self.max_epochs
         ):

@@ -16,7 +16,7 @@ from pyrocell.data import Cells
 from pyrocell.errors import QueryError, list_some
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.models.given import circumstances_of
-from pyrocell.nn import select_features
+from pyrocell.nn import FeatureLinear, select_features
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -99,7 +99,7 @@ class Question:
         drawer = self.model.drawer()
         n_at_once = max(1, min(n_samples, _BLOCK_NUMBERS // (_SMALLEST_BLOCK * max(1, self.n_features))))
         for place, cells in self.blocks(self.block_size(n_at_once)):
-            versions = [cells.replace(**given(cells)) for given in self.circumstances]
+            versions = [given(cells) for given in self.circumstances]
             for start in range(0, n_samples, n_at_once):
                 n = min(n_at_once, n_samples - start)
                 traces = drawer.block(
@@ -107,17 +107,30 @@ class Question:
                 )
                 yield place, slice(start, start + n), cells, traces
 
+    def _restricts(self, sites: Sequence[str]) -> bool:
+        """Whether the decoder computes only the features asked for.
+
+        Only the profile is known to be restricted as a whole; other sites may mix it with parameters of all features.
+        """
+        layers = (isinstance(part, FeatureLinear) for part in self.model.module.modules())
+        return self.features is not None and self.model.expression_site in sites and any(layers)
+
     def _decoding(self, sites: Sequence[str]) -> Callable[[], AbstractContextManager[Any]]:
-        # Only the profile is known to be restricted as a whole; other sites may mix it with parameters of all features.
-        only = self.features if self.model.expression_site in sites else None
+        only = self.features if self._restricts(sites) else None
         return lambda: select_features(self.model.module, only)
 
     def draws(self, site: str, n_samples: int) -> Iterator[SiteDraws]:
-        """Yield all draws of one site, a block of cells at a time, under the first circumstance."""
+        """Yield all draws of one site, a block of cells at a time, under the only circumstance."""
         drawer = self.model.drawer()
+        self.require_one_circumstance()
         for _, cells in self.blocks(self.block_size(n_samples)):
-            versions = [cells.replace(**self.circumstances[0](cells))]
+            versions = [self.circumstances[0](cells)]
             yield drawer.block(cells, [site], n_samples=n_samples, counterfactuals=versions)[0][site]
+
+    def require_one_circumstance(self) -> None:
+        """Refuse an average over circumstances where one value of each field is meant."""
+        if len(self.circumstances) > 1:
+            raise QueryError("Several values were given where one is meant; ask for each value in turn.")
 
     def array(
         self,
@@ -155,15 +168,17 @@ class Question:
             if scale is not None:
                 values = [value * scale(cells, trace) for value, trace in zip(values, traces, strict=True)]
             value = self._wanted(torch.stack(values).mean(0) if len(values) > 1 else values[0], site)
-            if not traces[0][site].local:
-                return _finished(value.cpu().numpy(), n_samples, mean=return_mean)
+            local = traces[0][site].local
+            if not local and place.start > 0:
+                break  # one value for all cells: the first block of them has told it
             if result is None:
-                shape = (len(self.rows), *value.shape[2:])
+                shape = (len(self.rows), *value.shape[2:]) if local else tuple(value.shape[1:])
                 result = np.zeros(shape if return_mean else (n_samples, *shape), dtype=np.float32)
+            where = place if local else ...
             if return_mean:
-                result[place] += (value.sum(0) / n_samples).cpu().numpy()
+                result[where] += (value.sum(0) / n_samples).cpu().numpy()
             else:
-                result[which, place] = value.cpu().numpy()
+                result[which, where] = value.cpu().numpy()
         if result is None:
             raise QueryError("No cells were asked for; give at least one index.")
         return result[0] if not return_mean and n_samples == 1 else result
@@ -182,7 +197,7 @@ class Question:
 
     def _wanted(self, value: torch.Tensor, site: str) -> torch.Tensor:
         """Keep the features asked for, unless only these were computed."""
-        if self.features is None or value.shape[-1] == len(self.features) != self.n_features:
+        if self.features is None or self._restricts([site]):
             return value
         if value.shape[-1] != self.n_features:
             raise QueryError(
@@ -207,10 +222,6 @@ class Question:
         return pd.DataFrame(
             values, index=self.dataset.obs_names[self.rows], columns=self.feature_names, copy=False
         )
-
-
-def _finished(value: np.ndarray, n_samples: int, *, mean: bool) -> np.ndarray:
-    return value.mean(0) if mean else value[0] if n_samples == 1 else value
 
 
 def chosen_cells(indices: Sequence[int] | np.ndarray | None, n_cells: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
-from pyrocell.data import Cells, Dataset, Field, Schema, prototype_cells, read_setup
-from pyrocell.errors import NotTrainedError, QueryError, SetupError
+from pyrocell.data import Cells, Dataset, Schema, prototype_cells, read_setup
+from pyrocell.errors import DataError, NotTrainedError, QueryError, SetupError
 from pyrocell.infer.draws import Drawer
 from pyrocell.infer.effects import CELLS, is_latent, is_local
 from pyrocell.infer.elbo import Elbo
@@ -35,7 +35,7 @@ Program = Callable[[Cells], Any]
 class ModelCore(metaclass=ModelMeta):
     """Data, parameters and programs of a model; `CellModel` adds the verbs."""
 
-    fields: ClassVar[dict[str, Field]]
+    fields: ClassVar[dict[str, Any]]
     setup_anndata: ClassVar[Callable[..., None]]
     latent_site: ClassVar[str | None] = None
     expression_site: ClassVar[str | None] = None
@@ -50,6 +50,7 @@ class ModelCore(metaclass=ModelMeta):
     stream: RandomStream
     constructor: dict[str, Any]
     module: PyroModule
+    cell_names: list[str]
     has_local_parameters: bool
     """Whether the guide has parameters of single cells, which only cells in the training data have."""
 
@@ -69,6 +70,7 @@ class ModelCore(metaclass=ModelMeta):
             if not known:
                 self.data = Schema.freeze(adata, self.fields, read_setup(adata, type(self).__name__))
             self.dataset = Dataset(adata, self.data, self.fields, check=known)
+            self._seen = self._fingerprint(self.dataset)
 
     def model(self, cells: Cells) -> None:
         """Describe how the cells came about: a Pyro model over ``self.plate(cells)``."""
@@ -89,6 +91,8 @@ class ModelCore(metaclass=ModelMeta):
             self.has_local_parameters = any(
                 is_latent(site) and is_local(site) for site in trace.nodes.values()
             )
+        names = () if self.dataset is None else self.dataset.obs_names
+        self.cell_names = list(names) if self.has_local_parameters else []
         self.module.eval()
         with pyro.validation_enabled(True), torch.no_grad():
             self.elbo()(cells)
@@ -128,11 +132,38 @@ class ModelCore(metaclass=ModelMeta):
 
     def require_data(self, adata: AnnData | None) -> Dataset:
         """Return the data to work on: those given, seen through the schema, or the model's own."""
+        if isinstance(adata, str):
+            raise QueryError(
+                f"adata is the text {adata!r}; expected an AnnData. Name the argument: groupby={adata!r}?"
+            )
         if adata is not None and (self.dataset is None or adata is not self.dataset.adata):
-            return Dataset(adata, self.data, self.fields)
+            other = Dataset(adata, self.data, self.fields)
+            self.require_same_cells(other)
+            return other
         if self.dataset is None:
             raise QueryError("This model was loaded without data; give adata=, or load it with data.")
+        if not np.array_equal(self._fingerprint(self.dataset), self._seen):
+            raise DataError(
+                "The AnnData has changed since the model was made: cells were added, removed or reordered, or the "
+                "counts were normalised in place. Keep raw counts in a layer (layer= of setup_anndata), or give adata=."
+            )
         return self.dataset
+
+    def _fingerprint(self, dataset: Dataset) -> np.ndarray:
+        """Return names of cells and some totals, to notice when the data change under the model."""
+        names = dataset.adata.obs_names
+        known = len(names) == dataset.n_cells and names.equals(dataset.obs_names)
+        first = dataset.cells(np.arange(min(64, dataset.n_cells)))
+        totals = getattr(first, self.feature_field).sum(-1).numpy()
+        return np.append(totals, known)
+
+    def require_same_cells(self, other: Dataset) -> None:
+        """Refuse other cells where the guide has parameters of single cells, matched by their place."""
+        if self.has_local_parameters and list(other.obs_names) != self.cell_names:
+            raise QueryError(
+                f"This {type(self).__name__} has parameters for each cell that it was trained on; expected these cells "
+                "in their order. Give such data, or train a model on the new cells."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +179,8 @@ class ModelCore(metaclass=ModelMeta):
         if name == "module" or not isinstance(value, nn.Module | torch.Tensor | PyroParam | PyroSample):
             object.__setattr__(self, name, value)
             return
+        if name in type(self).fields:
+            raise TypeError(f"{name!r} is a field of {type(self).__name__}; give the part another name.")
         if "module" not in self.__dict__:
             raise TypeError(f"Call super().__init__(adata) before assigning self.{name}.")
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):

@@ -16,9 +16,9 @@ from pyrocell.errors import QueryError, list_some
 if TYPE_CHECKING:
     from pyrocell.models.core import ModelCore
 
-__all__ = ["circumstances_of", "counterfactual"]
+__all__ = ["as_list", "circumstances_of", "counterfactual"]
 
-Change = Callable[[Cells], dict[str, Any]]
+Change = Callable[[Cells], Cells]
 
 
 def counterfactual(model: ModelCore, name: str, value: Any) -> Change:
@@ -41,10 +41,10 @@ def counterfactual(model: ModelCore, name: str, value: Any) -> Change:
     field, column = _place(model, name)
     code = _code(model.data, field, column, value)
 
-    def change(cells: Cells) -> dict[str, Any]:
+    def change(cells: Cells) -> Cells:
         after = getattr(cells, field).clone()
         (after if column is None else after[:, column]).fill_(code)
-        return {field: after}
+        return cells.replace(**{field: after})
 
     return change
 
@@ -66,7 +66,8 @@ def _place(model: ModelCore, name: str) -> tuple[str, int | None]:
         field for field, record in schema.fields.items() if record["given"] and field != model.feature_field
     ]
     raise QueryError(
-        f"given[{name!r}]: the model was not set up with such a field; it has {list_some(settable, 20)}."
+        f"The model was set up without a field {name!r}, so it cannot be given another value; it has "
+        f"{list_some(settable, 20) or 'none'}. Set up the data with it (such as batch_key=) and train again."
     )
 
 
@@ -95,18 +96,29 @@ def circumstances_of(model: ModelCore, given: Mapping[str, Any]) -> Iterator[Cha
         Value, or list of values, for each field or column to set.
     """
     options = [
-        [counterfactual(model, name, value) for value in _as_list(name, values)]
+        [counterfactual(model, name, value) for value in as_list(name, values)]
         for name, values in given.items()
     ]
     for changes in product(*options):
         yield partial(_apply, changes)
 
 
-def _apply(changes: Sequence[Change], cells: Cells) -> dict[str, Any]:
-    return {name: value for change in changes for name, value in change(cells).items()}
+def _apply(changes: Sequence[Change], cells: Cells) -> Cells:
+    for change in changes:  # one after the other: two may set columns of the same field
+        cells = change(cells)
+    return cells
 
 
-def _as_list(name: str, values: Any) -> list[Any]:
+def as_list(name: str, values: Any) -> list[Any]:
+    """Return one or several values as a list.
+
+    Parameters
+    ----------
+    name
+        What is given, for the message.
+    values
+        A value, or several.
+    """
     if not isinstance(values, list | tuple | np.ndarray | pd.Index):
         return [values]
     if len(values) == 0:

@@ -38,7 +38,12 @@ class ModelMeta(type):
         Everything random in the constructor comes from the model's own stream. Constructor arguments are recorded
         here, once, so that save, load and repr need no code in a model.
         """
-        bound = cls.__signature__.bind(*args, **kwargs)
+        try:
+            bound = cls.__signature__.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{cls.__name__}: {error}. It takes {', '.join(cls.__signature__.parameters)}."
+            ) from None
         bound.apply_defaults()
         model: Any = cls.__new__(cls)  # type: ignore[call-overload]
         model.__dict__["constructor"] = dict(list(bound.arguments.items())[1:])

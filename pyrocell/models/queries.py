@@ -16,6 +16,7 @@ from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.streams import seeded
 from pyrocell.models.asking import Question
 from pyrocell.models.core import ModelCore
+from pyrocell.models.given import as_list
 from pyrocell.models.roles import needs
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ __all__ = ["Queries"]
 
 Indices = Sequence[int] | np.ndarray | None
 Names = Sequence[str] | None
+
+_MOST_ROWS = 10_000  # of draws that are correlated at once
 
 
 class Queries(ModelCore):
@@ -177,6 +180,10 @@ class Queries(ModelCore):
         given = None if transform_batch is None else {"batch": transform_batch}
         question = Question(self, adata, indices, given=given, features=gene_list, batch_size=batch_size)
         latent_size = library_size == "latent"
+        if self.expression_effect == "difference" and library_size != 1:
+            raise QueryError(
+                "The values of this model are no fractions of a library; leave library_size out."
+            )
         with self.asking():
             values = question.array(
                 str(self.expression_site),
@@ -194,7 +201,7 @@ class Queries(ModelCore):
         """Return the size of each cell in counts, shape ``(..., B, 1)``."""
         if self.library_site is not None:
             return trace[self.library_site].value
-        size: torch.Tensor = cells.library
+        size: torch.Tensor = getattr(cells, self.fields[self.feature_field].library)
         return size
 
     @needs("library_site")
@@ -215,9 +222,11 @@ class Queries(ModelCore):
         """
         question = Question(self, adata, indices, batch_size=batch_size)
         with self.asking():
-            return question.array(
-                str(self.library_site), lambda draws: draws.value, n_samples=1, return_mean=True
-            )
+            moments = question.latent_moments("library")
+            if moments is not None:  # log-normal
+                return np.exp(moments[0] + moments[1] / 2)
+            site = str(self.library_site)
+            return question.array(site, lambda draws: draws.value, n_samples=1, return_mean=True)
 
     @needs("expression_site")
     def get_feature_correlation_matrix(
@@ -256,7 +265,7 @@ class Queries(ModelCore):
         """
         if correlation_type not in ("spearman", "pearson"):
             raise QueryError(f"correlation_type is {correlation_type!r}; expected 'spearman' or 'pearson'.")
-        targets = transform_batch if isinstance(transform_batch, list | tuple) else [transform_batch]
+        targets = [transform_batch] if transform_batch is None else as_list("batch", transform_batch)
         matrices = []
         for target in targets:
             given = None if target is None else {"batch": target}
@@ -270,9 +279,6 @@ class Queries(ModelCore):
             matrices.append(_correlation(np.concatenate(rows), correlation_type))
         names = question.feature_names
         return pd.DataFrame(np.mean(matrices, axis=0), index=names, columns=names)
-
-
-_MOST_ROWS = 10_000
 
 
 def _some_rows(rows: np.ndarray, n: int, seed: int) -> np.ndarray:

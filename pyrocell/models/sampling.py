@@ -51,6 +51,7 @@ class PopulationSampler:
     ) -> PopulationDraws:
         """Draw; see `pyrocell.infer.scale_sampler.ScaleSampler`."""
         question = self.question.about(rows, given)
+        question.require_one_circumstance()
         latents: dict[str, list[torch.Tensor]] = {}
         values: torch.Tensor | None = None
         with self.model.asking(seed):
@@ -86,7 +87,9 @@ class PopulationSampler:
 def count_blocks(question: Question) -> Iterator[tuple[np.ndarray, Any, np.ndarray]]:
     """Yield rows, sparse counts and library sizes of the cells in blocks, for raw averages."""
     for _, cells in question.blocks():
-        seen = NonZeros.of(cells.counts)
+        measured = getattr(cells, question.model.feature_field)
+        library = getattr(cells, question.model.fields[question.model.feature_field].library)
+        seen = NonZeros.of(measured)
         columns = (seen.values.cpu().numpy(), (seen.rows.cpu().numpy(), seen.cols.cpu().numpy()))
-        counts = sparse.csr_matrix(columns, shape=(len(cells), cells.counts.shape[1]))
-        yield cells.rows.cpu().numpy(), counts, cells.library.squeeze(-1).cpu().numpy()
+        counts = sparse.csr_matrix(columns, shape=(len(cells), measured.shape[1]))
+        yield cells.rows.cpu().numpy(), counts, library.squeeze(-1).cpu().numpy()

@@ -49,6 +49,7 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
         "schema": model.data.to_json(),
         "seed": model.stream.seed,
         "is_trained": model.is_trained,
+        "cell_names": model.cell_names,
         "history": _history_to_json(model.history),
         "versions": versions(),
     }
@@ -85,6 +86,9 @@ def load(
         tensors[name].numpy() for name in ("train_indices", "validation_indices")
     )
     model.is_trained = record["is_trained"]
+    model.cell_names = record["cell_names"]
+    if model.dataset is not None:
+        model.require_same_cells(model.dataset)
     model.history = _history_from_json(record["history"])
     if device is not None:
         model.module.to(device)
@@ -92,7 +96,7 @@ def load(
 
 
 def _check_record(model_class: type[CellModel], folder: Path, record: dict[str, Any]) -> None:
-    expected = {"kind", "class", "constructor", "schema", "seed", "is_trained", "history"}
+    expected = {"kind", "class", "constructor", "schema", "seed", "is_trained", "history", "cell_names"}
     if missing := sorted(expected - set(record)):
         raise LoadError(f"{folder / 'model.json'} lacks {missing}; it is damaged, or not a saved model.")
     if record["class"] != model_class.__name__:

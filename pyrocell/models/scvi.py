@@ -84,15 +84,15 @@ class SCVI(CellModel):
     Fields: ``counts``, ``batch``, ``label``, ``size_factor``, ``categorical_covariates``, ``continuous_covariates``.
 
     Sites: ``z`` (n_latent, no unit; ``w`` before the softmax of "ln"), ``library`` (1, log counts, if latent), ``rho``
-    (n_genes, fraction of the cell's transcripts), ``size`` (1, counts), ``mu`` (n_genes, expected counts), ``x``
-    (n_genes, counts).
+    (n_genes, fraction of the cell's transcripts; counts per unit of the size factor, where one is given), ``size`` (1,
+    counts), ``mu`` (n_genes, expected counts), ``x`` (n_genes, counts).
 
     When not to use it: on normalised values (but for ``"normal"``), on fewer cells than a few hundred, or where a
     linear picture suffices and each dimension must be read as a gene programme.
 
     Departures from the original: the decoder works on the log scale throughout, with no epsilon; warm-up ends by
-    default; only the heads in use are built; cells without counts are refused; continuous covariates are standardised;
-    ``"normal"`` has an unconstrained mean and no library.
+    default; only the heads in use are built; the guide of a latent library departs from the total count; cells without
+    counts are refused; continuous covariates are standardised; ``"normal"`` has an unconstrained mean and no library.
 
     References
     ----------
@@ -127,15 +127,10 @@ class SCVI(CellModel):
         batch_representation: Literal["one-hot", "embedding"] = "one-hot",
     ) -> None:
         super().__init__(adata)
-        _check_choice("dispersion", dispersion, Dispersion)
-        _check_choice("gene_likelihood", gene_likelihood, Likelihood)
-        _check_choice("latent_distribution", latent_distribution, Literal["normal", "ln"])
-        _check_choice("batch_representation", batch_representation, Literal["one-hot", "embedding"])
-        if dispersion == "gene-label" and not self.data.has("label"):
-            raise SetupError('dispersion="gene-label" needs labels; set up the data with labels_key=.')
+        self._check_options()
         self.gene_likelihood, self.dispersion = gene_likelihood, dispersion
         self.encode_covariates, self.latent_distribution = encode_covariates, latent_distribution
-        self.latent_library = not use_observed_lib_size and not self.data.has("size_factor")
+        self.latent_library = not use_observed_lib_size
         self.expression_effect = "difference" if gene_likelihood == "normal" else "log2_ratio"
 
         n_genes, n_batch = self.data.size("counts"), self.data.size("batch")
@@ -155,11 +150,14 @@ class SCVI(CellModel):
         )
         self.encoder = encoder(n_latent=n_latent, n_layers=n_layers)
         if self.latent_library:
-            self.library_encoder = encoder(n_latent=1)
+            # Normalising over the minibatch would blur what this network is to find: the size itself.
+            self.library_encoder = encoder(n_latent=1, batch_norm=False, layer_norm=True)
             self.library_mean, self.library_sd = self._library_prior()
-        heads: list[Literal["dispersion", "zero_inflation"]] = (
-            ["dispersion"] if dispersion == "gene-cell" else []
-        )
+        heads: list[Literal["dispersion", "zero_inflation"]] = []
+        if dispersion == "gene-cell" and gene_likelihood != "poisson":
+            heads.append("dispersion")
+        if gene_likelihood == "zinb":
+            heads.append("zero_inflation")
         self.decoder = ProfileDecoder(
             n_latent,
             n_genes,
@@ -167,12 +165,30 @@ class SCVI(CellModel):
             n_batch,
             n_layers=n_layers,
             covariates=covariates,
-            heads=[*heads, "zero_inflation"] if gene_likelihood == "zinb" else heads,
+            heads=heads,
             profile=self._profile(),
         )
         rows = {"gene-batch": (n_batch,), "gene-label": (self.data.size("label"),)}
         if dispersion != "gene-cell" and gene_likelihood != "poisson":
             self.log_theta = nn.Parameter(torch.randn(*rows.get(dispersion, ()), n_genes))
+
+    def _check_options(self) -> None:
+        options = self.constructor
+        _check_choice("dispersion", options["dispersion"], Dispersion)
+        _check_choice("gene_likelihood", options["gene_likelihood"], Likelihood)
+        _check_choice("latent_distribution", options["latent_distribution"], Literal["normal", "ln"])
+        _check_choice(
+            "batch_representation", options["batch_representation"], Literal["one-hot", "embedding"]
+        )
+        for name in ("n_hidden", "n_latent", "n_layers"):
+            if options[name] < 1:
+                raise SetupError(f"{name} is {options[name]}; expected an integer of at least 1.")
+        if options["dispersion"] == "gene-label" and not self.data.has("label"):
+            raise SetupError('dispersion="gene-label" needs labels; set up the data with labels_key=.')
+        if not options["use_observed_lib_size"] and self.data.has("size_factor"):
+            raise SetupError(
+                "A size factor was set up, so the library cannot be latent; drop one of the two."
+            )
 
     def model(self, cells: Cells) -> None:
         """Generate counts from a latent."""
@@ -184,7 +200,7 @@ class SCVI(CellModel):
             lazy_deterministic("rho", lambda: self._rho(out), event_dim=1)
             log_size = self._log_size(cells)
             lazy_deterministic("size", lambda: self._size(cells, log_size), event_dim=1)
-            lazy_deterministic("mu", lambda: self._rho(out) * log_size.exp(), event_dim=1)
+            lazy_deterministic("mu", lambda: self._rho(out) * self._size(cells, log_size), event_dim=1)
             pyro.sample("x", self._likelihood(cells, out, log_size).to_event(1), obs=cells.counts)
 
     def guide(self, cells: Cells) -> None:
@@ -197,7 +213,9 @@ class SCVI(CellModel):
         with self.plate(cells):
             self._latent(self.encoder(cells.counts, *seen))
             if self.latent_library:
-                pyro.sample("library", self.library_encoder(cells.counts, *seen), infer=NO_WARMUP)
+                departure = self.library_encoder(cells.counts, *seen).base_dist
+                library = Normal(departure.loc + cells.library.log(), departure.scale)
+                pyro.sample("library", library.to_event(1), infer=NO_WARMUP)
 
     def _latent(self, distribution: TorchDistribution) -> torch.Tensor:
         """Draw z; the logistic-normal one is a softmax of the Gaussian site ``w``, whose KL is exact."""
@@ -216,6 +234,8 @@ class SCVI(CellModel):
         return pyro.sample("library", prior, infer=NO_WARMUP)
 
     def _size(self, cells: Cells, log_size: torch.Tensor) -> torch.Tensor:
+        if self.gene_likelihood == "normal":  # a mean of normalised values has no size
+            return torch.ones_like(log_size)
         observed = not self.latent_library and cells.size_factor is None
         return cells.library if observed else log_size.exp()  # exp(log(566)) is not 566
 
