@@ -92,9 +92,11 @@ def _read_json(folder: Path, file_name: str) -> dict[str, Any]:
     if not isinstance(version, int):
         raise LoadError(f"{path} has no format version; expected a file written by pyrocell's save().")
     if version > FORMAT_VERSION:
+        versions = record.get("versions")
+        writer = versions.get("pyrocell") if isinstance(versions, dict) else None
         raise LoadError(
             f"{path} has format version {version}, this pyrocell reads up to {FORMAT_VERSION}. Upgrade pyrocell "
-            f"(the file was written by {record.get('versions', {}).get('pyrocell', 'a newer version')})."
+            f"(the file was written by {writer or 'a newer version'})."
         )
     return record
 
@@ -109,6 +111,8 @@ def _read_tensors(path: Path, pair: object) -> dict[str, torch.Tensor]:
                     f"{path} and the JSON file beside it come from two different saves; save again."
                 )
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except LoadError:  # a ValueError too
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(
             f"{path} is not a readable safetensors file ({error}); copy or save it again."

@@ -108,6 +108,7 @@ class Counts(Field):
 
     def _aligned(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> MatrixReader:
         _check_feature_names(slots)
+        self.check_setup(slots, setup)  # data other than those that were set up may lack the layer
         there, wanted = slots.feature_names.astype(str), record["names"]
         if list(there) == wanted:
             return slots.matrix(setup[self.argument])

@@ -151,15 +151,28 @@ class _Sparse(MatrixReader):
 
     def __init__(self, matrix: Any, rows: np.ndarray | None) -> None:
         self._matrix, self._rows = matrix, rows
+        self._lengths = np.diff(matrix.indptr)
         self.n_rows, self.n_cols = matrix.shape if rows is None else (len(rows), matrix.shape[1])
 
     def entries(self, rows: np.ndarray) -> Entries:
-        chosen = self._matrix[rows if self._rows is None else self._rows[rows]]
-        return _without_zeros(
-            np.repeat(np.arange(len(rows)), np.diff(chosen.indptr)),
-            chosen.indices.astype(np.int64),
-            _numbers(chosen.data),
+        rows = rows if self._rows is None else self._rows[rows]
+        starts, lengths = self._matrix.indptr[rows], self._lengths[rows]
+        where = (
+            _gather(starts.astype(np.int64), lengths) if not _consecutive(rows) else _span(starts, lengths)
         )
+        return _without_zeros(
+            np.repeat(np.arange(len(rows)), lengths),
+            self._matrix.indices[where].astype(np.int64),
+            _numbers(np.array(self._matrix.data[where])),  # a slice alone would share the user's memory
+        )
+
+
+def _consecutive(rows: np.ndarray) -> bool:
+    return len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
+
+
+def _span(starts: np.ndarray, lengths: np.ndarray) -> slice:
+    return slice(int(starts[0]), int(starts[-1] + lengths[-1]))
 
 
 def _entries_of_dense(dense: np.ndarray) -> Entries:

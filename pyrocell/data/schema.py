@@ -143,9 +143,20 @@ class Schema:
                     f"The schema has format {found['format']}; this pyrocell reads up to {_FORMAT}: install a newer "
                     "one."
                 )
-            return cls(**{name: found[name] for name in ("n_cells", "fields", "setup", "statistics")})
+            schema = cls(**{name: found[name] for name in ("n_cells", "fields", "setup", "statistics")})
+            schema._check_types()
+            return schema
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise LoadError(f"This is no schema of pyrocell, or it is damaged: {error!r}.") from error
+
+    def _check_types(self) -> None:
+        """Raise a TypeError if what was read from a file has other types than what is written there."""
+        _require(self.n_cells, int)
+        for part in (self.fields, self.setup, self.statistics):
+            _require(part, dict)
+        for record in self.fields.values():
+            for name, kind in (("given", bool), ("names", list), ("cells", dict)):
+                _require(record[name], kind)
 
     def __repr__(self) -> str:
         parts = [f"{self.n_cells} cells"]
@@ -153,6 +164,11 @@ class Schema:
             if record["given"]:
                 parts.append(f"{name}: {_summary(record)}")
         return "; ".join(parts)
+
+
+def _require(value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
 
 
 def _summary(record: Mapping[str, Any]) -> str:

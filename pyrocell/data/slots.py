@@ -37,6 +37,12 @@ class Slots:
     """
 
     def __init__(self, adata: AnnData) -> None:
+        modalities = getattr(adata, "mod", None)
+        if isinstance(modalities, Mapping):
+            raise SetupError(
+                f"Got a {type(adata).__name__} with the modalities {list_some(modalities, 20)}; expected an AnnData. "
+                "Give one of them: .mod[name]."
+            )
         for attribute in ("obs", "var", "layers", "uns", "n_obs"):
             if not hasattr(adata, attribute):
                 raise SetupError(f"Got a {type(adata).__name__}; expected an AnnData with cells in rows.")

@@ -22,6 +22,8 @@ __all__ = ["Progress", "read_checkpoint", "write_checkpoint"]
 class Progress:
     """Where training stands: all that a checkpoint needs beside tensors."""
 
+    epochs_before: int = 0
+    """Epochs of the model before this training."""
     epoch: int = 0
     step: int = 0
     best: float = math.inf
@@ -49,9 +51,7 @@ def write_checkpoint(trainer: Trainer, folder: str | Path) -> None:
         "progress": vars(trainer.progress),
         "shuffle": trainer.shuffle.bit_generator.state,
         "optimizer": {"scalars": scalars, "lr": [g["lr"] for g in trainer.optimizer.param_groups]},
-        "plateau": {
-            k: v for k, v in trainer.plateau.state_dict().items() if isinstance(v, int | float | list)
-        },
+        "plateau": _plateau(trainer),
     }
     files.write_folder(folder, "checkpoint", tensors, record)
 
@@ -65,23 +65,44 @@ def read_checkpoint(trainer: Trainer, folder: str | Path) -> None:
         If the checkpoint is unreadable or belongs to another model or other options.
     """
     tensors, record = files.read_folder(folder, "checkpoint")
-    if record.get("options") != trainer.options:
-        raise LoadError(
-            f"The checkpoint in {folder} was written with {record.get('options')}, this call has {trainer.options}. "
-            "Give the same options to go on exactly, or start anew without resume."
-        )
+    _check_options(folder, record.get("options"), trainer.options)
     try:
         trainer.module.load_state_dict(_with_prefix(tensors, "module."))
     except RuntimeError as error:
         raise LoadError(
             f"The checkpoint in {folder} belongs to a model of other parts or sizes: {error}"
         ) from error
-    trainer.best_state = _with_prefix(tensors, "best.") or None
-    trainer.stream.state = tensors["stream"]
-    trainer.shuffle.bit_generator.state = record["shuffle"]
-    trainer.progress = Progress(**record["progress"])
-    _load_optimizer(trainer.optimizer, _with_prefix(tensors, "optimizer."), record["optimizer"])
-    trainer.plateau.load_state_dict(record["plateau"])
+    try:
+        trainer.best_state = _with_prefix(tensors, "best.") or None
+        trainer.stream.state = tensors["stream"]
+        trainer.shuffle.bit_generator.state = record["shuffle"]
+        trainer.progress = Progress(**record["progress"])
+        _load_optimizer(trainer.optimizer, _with_prefix(tensors, "optimizer."), record["optimizer"])
+        trainer.plateau.load_state_dict({name: record["plateau"][name] for name in _plateau(trainer)})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise LoadError(
+            f"The checkpoint in {folder} is damaged ({error!r}); start anew without resume."
+        ) from error
+
+
+def _check_options(folder: str | Path, written: Any, now: dict[str, Any]) -> None:
+    """Raise a LoadError that names the options which differ."""
+    if not isinstance(written, dict):
+        raise LoadError(
+            f"The checkpoint in {folder} lacks its options; it is damaged. Start anew without resume."
+        )
+    differ = sorted(name for name in {*written, *now} if written.get(name) != now.get(name))
+    if differ:
+        then, here = ({name: options.get(name) for name in differ} for options in (written, now))
+        raise LoadError(
+            f"The checkpoint in {folder} was written with {then}, this call has {here}. Give the same options to go on "
+            "exactly, or start anew without resume."
+        )
+
+
+def _plateau(trainer: Trainer) -> dict[str, Any]:
+    state = trainer.plateau.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, int | float | list)}
 
 
 def _load_optimizer(

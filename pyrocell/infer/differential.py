@@ -34,7 +34,7 @@ Effect = Literal["log2_ratio", "difference"]
 Columns = dict[str, np.ndarray]
 
 HARDLY_OBSERVED = 0.01
-"""Features with a smaller mean raw count in a group teach the pseudocount."""
+"""Counts in a cell, on average, below which a feature cannot be told from one that is absent."""
 
 SMALLEST_PSEUDOCOUNT = 1e-10
 
@@ -199,7 +199,10 @@ def _raw_columns(run: _Run) -> Columns:
 
 
 def _pseudocount(run: _Run) -> float:
-    """Return the given pseudocount, or the largest that any side teaches: one for all comparisons of a call."""
+    """Return the given pseudocount, or the largest that any comparison teaches: one for all comparisons of a call.
+
+    Where all comparisons are between parts of the same cells (each group against the rest), all teach the same.
+    """
     lowest = run.summary.low.min(axis=0)
     if (lowest < 0).any():
         names = [name for name, low in zip(run.feature_names, lowest, strict=True) if low < 0]
@@ -214,18 +217,22 @@ def _pseudocount(run: _Run) -> float:
             "The pseudocount cannot be learned because no raw counts were given; expected raw summaries, or a "
             "pseudocount. Pass raw=... or DifferentialOptions(pseudocount=...)."
         )
-    sides = (
-        (side, raw)
-        for contrast, pair in zip(run.contrasts, run.raw, strict=True)
-        for side, raw in zip(contrast.sides(), pair, strict=True)
+    return max(
+        SMALLEST_PSEUDOCOUNT,
+        *(_hardly_observed(run, *pair) for pair in zip(run.contrasts, run.raw, strict=True)),
     )
-    return max(SMALLEST_PSEUDOCOUNT, *(_taught(run.summary.high[side.strata], raw) for side, raw in sides))
 
 
-def _taught(high: np.ndarray, raw: RawSummary) -> float:
-    """Return the 0.9 quantile, over features hardly observed, of the largest draw: how high nothing can look."""
-    hardly = raw.mean < HARDLY_OBSERVED
-    return float(np.quantile(high.max(axis=0)[hardly], 0.9)) if hardly.any() else 0.0
+def _hardly_observed(run: _Run, contrast: Contrast, raw: tuple[RawSummary, RawSummary]) -> float:
+    """Return the quantity of a feature that would be counted once in a hundred cells of either side.
+
+    The unit comes from the cells compared: the quantity of all their features for all their counts.
+    """
+    quantity = sum(
+        side.n * run.summary.side_mean(pair).sum() for side, pair in zip(raw, contrast.sides(), strict=True)
+    )
+    counts = sum(float(side.total.sum()) for side in raw)
+    return HARDLY_OBSERVED * float(quantity) / counts if counts > 0 else 0.0
 
 
 # ------------------------------------------------------------------------------------------------ table

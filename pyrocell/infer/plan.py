@@ -149,12 +149,9 @@ class TrainingPlan:
             return self.max_kl_weight
         return self.min_kl_weight + (self.max_kl_weight - self.min_kl_weight) * min(1.0, done)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the options as plain values, for checkpoints and saved models."""
-        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+    def decisive(self) -> dict[str, Any]:
+        """Return the options that decide how training goes, as plain values: what a checkpoint must agree in."""
+        other = {"checkpoint", "checkpoint_every", "max_bad_steps", "train_indices", "validation_indices"}
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in other}
         record["optimizer"] = self.optimizer if isinstance(self.optimizer, str) else "custom"
-        record["checkpoint"] = None
-        for name in ("train_indices", "validation_indices"):
-            if record[name] is not None:
-                record[name] = [int(i) for i in record[name]]
         return record

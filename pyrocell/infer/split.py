@@ -40,7 +40,17 @@ def split_cells(
 
 def chosen_rows(rows: Iterable[int], n_cells: int, name: str) -> np.ndarray:
     """Check rows given by the user."""
-    chosen = np.asarray(list(rows))
+    chosen = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows))
+    if chosen.dtype == bool:
+        if chosen.shape != (n_cells,):
+            raise TrainingError(
+                f"{name} is a mask of shape {chosen.shape}; expected one entry for each of {n_cells} cells."
+            )
+        chosen = np.flatnonzero(chosen)
+    if chosen.ndim != 1 or (len(chosen) and chosen.dtype.kind not in "iu"):
+        raise TrainingError(
+            f"{name} holds {chosen.dtype} in {chosen.ndim} dimensions; expected row numbers, or a boolean mask."
+        )
     bad = [int(r) for r in chosen if not 0 <= r < n_cells]
     if bad or len(chosen) == 0:
         raise TrainingError(

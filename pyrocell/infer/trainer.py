@@ -68,7 +68,12 @@ class Trainer:
         self.stream, self.shuffle = stream, shuffle
         self.max_epochs, self.n_epochs_kl_warmup = max_epochs, n_epochs_kl_warmup
         self.early_stopping = early_stopping
-        self.options = {"lr": lr, "n_epochs_kl_warmup": n_epochs_kl_warmup, "early_stopping": early_stopping}
+        self.options: dict[str, Any] = {
+            "lr": lr,
+            "n_epochs_kl_warmup": n_epochs_kl_warmup,
+            "early_stopping": early_stopping,
+            **plan.decisive(),
+        }
         self.device = next(module.parameters()).device
         self.optimizer = plan.make_optimizer(module.named_parameters(), lr)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from pyrocell.models.core import ModelCore
 
-__all__ = ["Question", "chosen_cells", "chosen_features"]
+__all__ = ["Question", "chosen_cells", "chosen_features", "is_latent_size"]
 
 # A block of draws of this many numbers stays in the processor's cache; larger ones are slower, not faster.
 _BLOCK_NUMBERS = 2**20
@@ -62,6 +63,10 @@ class Question:
         self.model = model
         self.dataset = model.require_data(adata)
         self.rows = chosen_cells(indices, self.dataset.n_cells)
+        if len(self.rows) == 0:
+            raise QueryError("No cells were asked for; give at least one index.")
+        if batch_size is not None and batch_size < 1:
+            raise QueryError(f"batch_size is {batch_size}; expected at least 1, or None.")
         names = model.data.names(model.feature_field)
         self.features = None if features is None else chosen_features(features, names)
         self.feature_names = list(names) if features is None else list(features)
@@ -96,6 +101,8 @@ class Question:
         self, sites: Sequence[str], n_samples: int
     ) -> Iterator[tuple[slice, slice, Cells, list[dict[str, SiteDraws]]]]:
         """Yield draws of the sites by blocks of cells and of draws; one trace for each circumstance."""
+        if n_samples < 1:
+            raise QueryError(f"n_samples is {n_samples}; expected at least 1.")
         drawer = self.model.drawer()
         n_at_once = max(1, min(n_samples, _BLOCK_NUMBERS // (_SMALLEST_BLOCK * max(1, self.n_features))))
         for place, cells in self.blocks(self.block_size(n_at_once)):
@@ -257,3 +264,12 @@ def chosen_features(features: Sequence[str], names: Sequence[str]) -> list[int]:
         hint = f" Close: {list_some(close)}." if close else ""
         raise QueryError(f"The model has no features {list_some(missing)}; it has {len(names)}.{hint}")
     return [where[name] for name in features]
+
+
+def is_latent_size(library_size: object) -> bool:
+    """Whether each cell's own size is meant, refusing what is neither that nor a positive number."""
+    if library_size == "latent":
+        return True
+    if not isinstance(library_size, int | float | np.number) or not 0 < library_size < math.inf:
+        raise QueryError(f"library_size is {library_size!r}; expected a positive number, or 'latent'.")
+    return False

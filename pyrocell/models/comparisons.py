@@ -89,6 +89,11 @@ class Comparisons(Queries):
         question = Question(self, adata, None)
         comparisons = self._comparisons(question, groupby, (group1, group2), (idx1, idx2))
         options = options or DifferentialOptions(seed=self.stream.seed)
+        if batch_correction and not self.data.has("batch"):
+            raise QueryError(
+                "batch_correction=True, but the model knows no batches. Set up the data with batch_key= and train a "
+                "model with them, or leave batch_correction out."
+            )
         sampler = PopulationSampler(question, self, str(self.expression_site))
         batches = [{"batch": name} for name in self.data.names("batch")] if batch_correction else None
         return differential(
@@ -112,7 +117,9 @@ class Comparisons(Queries):
         cells: tuple[CellSet, CellSet],
     ) -> list[Comparison]:
         obs = question.dataset.adata.obs
-        if (groupby is None) == (cells[0] is None):
+        by_cells = any(given is not None for given in cells)
+        by_groups = any(given is not None for given in (groupby, *groups))
+        if by_cells == by_groups or (cells[0] is None and groupby is None):
             raise QueryError(
                 "Give either groupby= (with group1=, group2=) or idx1= (with idx2=), and not both."
             )
@@ -177,7 +184,12 @@ class Comparisons(Queries):
             raise QueryError(
                 f"sample_key={sample_key!r} is no column of adata.obs; it has {list_some(obs.columns, 20)}."
             )
-        samples = pd.Categorical(obs[sample_key].iloc[question.rows].astype(str))
+        if (samples1 is None) != (samples2 is None):
+            raise QueryError("Give both samples1= and samples2= to compare them, or neither.")
+        column = obs[sample_key].iloc[question.rows]
+        samples = pd.Categorical(
+            column.astype(str).where(column.notna())
+        )  # a cell without a sample is in none
         with self.asking():
             moments = question.latent_moments(str(self.latent_site))
         if moments is None:
@@ -196,14 +208,19 @@ class Comparisons(Queries):
 def _cell_set(cells: Any, obs: pd.DataFrame, name: str) -> np.ndarray:
     if not isinstance(cells, str):
         return chosen_cells(cells, len(obs))
+    hint = "Write it such as \"cell_type == 'B' and lane == '1'\", column names with spaces in backticks."
     try:
         mask = obs.eval(cells)
     except Exception as error:  # pandas raises many kinds for a query that does not parse
-        raise QueryError(f"{name}={cells!r} is no query of adata.obs: {error}.") from error
-    return np.flatnonzero(np.asarray(mask, dtype=bool))
+        raise QueryError(f"{name}={cells!r} is no query of adata.obs: {error}. {hint}") from error
+    if not isinstance(mask, pd.Series) or not pd.api.types.is_bool_dtype(mask.dtype):
+        raise QueryError(f"{name}={cells!r} does not say true or false of each cell. {hint}")
+    return np.flatnonzero(mask.fillna(value=False).to_numpy(dtype=bool))
 
 
 def _positions(chosen: Sequence[str], names: list[str], key: str) -> list[int]:
+    if isinstance(chosen, str):
+        raise QueryError(f"Samples were given as the single string {chosen!r}; give a list of names.")
     missing = [name for name in chosen if str(name) not in names]
     if missing:
         raise QueryError(

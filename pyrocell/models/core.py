@@ -69,8 +69,14 @@ class ModelCore(metaclass=ModelMeta):
             known = self.data is not None
             if not known:
                 self.data = Schema.freeze(adata, self.fields, read_setup(adata, type(self).__name__))
-            self.dataset = Dataset(adata, self.data, self.fields, check=known)
-            self._seen = self._fingerprint(self.dataset)
+            self.attach(adata, check=known)
+
+    def attach(self, adata: AnnData, *, check: bool = True) -> None:
+        """Take data to work on, seen through the schema."""
+        dataset = Dataset(adata, self.data, self.fields, check=check)
+        if hasattr(self, "has_local_parameters"):  # the model is complete
+            self.require_same_cells(dataset)
+        self.dataset, self._seen = dataset, self._fingerprint(dataset)
 
     def model(self, cells: Cells) -> None:
         """Describe how the cells came about: a Pyro model over ``self.plate(cells)``."""

@@ -74,15 +74,24 @@ def _place(model: ModelCore, name: str) -> tuple[str, int | None]:
 def _code(schema: Schema, field: str, column: int | None, value: Any) -> float:
     record = schema.record(field)
     if "means" in record and column is not None:
-        return (float(value) - record["means"][column]) / record["sds"][column]
+        return (_number(record["names"][column], value) - record["means"][column]) / record["sds"][column]
     if column is None:
-        return schema.code(field, value) if record["cells"][field]["dtype"] == "int64" else float(value)
+        return (
+            schema.code(field, value) if record["cells"][field]["dtype"] == "int64" else _number(field, value)
+        )
     levels = record["levels"][column]
     if str(value) not in levels:
         raise QueryError(
             f"{record['names'][column]}={value!r}: the model knows no such category; it knows {levels}."
         )
     return levels.index(str(value))
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise QueryError(f"{name}={value!r} is no number; {name!r} is a continuous covariate.") from None
 
 
 def circumstances_of(model: ModelCore, given: Mapping[str, Any]) -> Iterator[Change]:

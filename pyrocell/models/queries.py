@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from pyrocell.errors import QueryError
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.streams import seeded
-from pyrocell.models.asking import Question
+from pyrocell.models.asking import Question, is_latent_size
 from pyrocell.models.core import ModelCore
 from pyrocell.models.given import as_list
 from pyrocell.models.roles import needs
@@ -179,7 +179,7 @@ class Queries(ModelCore):
         """
         given = None if transform_batch is None else {"batch": transform_batch}
         question = Question(self, adata, indices, given=given, features=gene_list, batch_size=batch_size)
-        latent_size = library_size == "latent"
+        latent_size = is_latent_size(library_size)
         if self.expression_effect == "difference" and library_size != 1:
             raise QueryError(
                 "The values of this model are no fractions of a library; leave library_size out."

@@ -14,6 +14,7 @@ import torch
 
 from pyrocell import files
 from pyrocell.data import Schema
+from pyrocell.data.registration import complete_setup
 from pyrocell.errors import LoadError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
         "is_trained": model.is_trained,
         "cell_names": model.cell_names,
         "history": _history_to_json(model.history),
+        "has_anndata": save_anndata,  # a file of a model before is not this one's
         "versions": versions(),
     }
     tensors = {f"module.{name}": t for name, t in model.module.state_dict().items()}
@@ -69,40 +71,94 @@ def load(
     folder = Path(folder)
     tensors, record = files.read_folder(folder, "model")
     _check_record(model_class, folder, record)
-    if adata is None and (folder / "adata.h5ad").is_file():
-        from anndata import read_h5ad
+    try:
+        model = _from_record(model_class, record)
+        _fill(model, tensors, record)
+    except LoadError as error:
+        raise LoadError(f"{folder / 'model.json'}: {error}") from error
+    if device is not None:
+        model.module.to(device)
+    if adata is None and record.get("has_anndata", False):
+        adata = _read_anndata(folder / "adata.h5ad")
+    if adata is not None:
+        model.attach(adata)
+    return model
 
-        adata = read_h5ad(folder / "adata.h5ad")
+
+def _from_record(model_class: type[CellModel], record: dict[str, Any]) -> CellModel:
+    """Build the model without data, so that whatever goes wrong is the file's fault."""
     schema = Schema.from_json(record["schema"])
-    model = model_class.build((adata,), record["constructor"], seed=record["seed"], schema=schema)
+    if set(schema.fields) != set(model_class.fields):
+        raise LoadError(
+            f"The file has the fields {sorted(schema.fields)}, {model_class.__name__} has "
+            f"{sorted(model_class.fields)}: the class has changed since, or the file is damaged."
+        )
+    try:
+        complete_setup(model_class.fields, schema.setup)
+        return model_class.build((None,), record["constructor"], seed=record["seed"], schema=schema)
+    except Exception as error:  # whatever a constructor raises on arguments or sizes that it was not made for
+        raise LoadError(
+            f"The constructor arguments {record['constructor']} or the schema do not fit {model_class.__name__}: "
+            f"{error}. The class has changed since, or the file is damaged."
+        ) from error
+
+
+def _fill(model: CellModel, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    """Put parameters, random stream and history in place."""
+    own = ("stream", "train_indices", "validation_indices")
+    if missing := [name for name in own if name not in tensors]:
+        raise LoadError(f"The tensors {missing} are missing from model.safetensors; save the model again.")
     state = {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
     try:
         model.module.load_state_dict(state)
     except RuntimeError as error:
-        raise LoadError(f"The tensors in {folder} do not fit a {model_class.__name__}: {error}") from error
+        raise LoadError(f"The tensors do not fit a {type(model).__name__}: {error}") from error
     model.module.eval()
     model.stream.state = tensors["stream"]
-    model.train_indices, model.validation_indices = (
-        tensors[name].numpy() for name in ("train_indices", "validation_indices")
-    )
-    model.is_trained = record["is_trained"]
-    model.cell_names = record["cell_names"]
-    if model.dataset is not None:
-        model.require_same_cells(model.dataset)
-    model.history = _history_from_json(record["history"])
-    if device is not None:
-        model.module.to(device)
-    return model
+    model.train_indices, model.validation_indices = (tensors[name].numpy() for name in own[1:])
+    model.is_trained, model.cell_names = record["is_trained"], record["cell_names"]
+    try:
+        model.history = _history_from_json(record["history"])
+    except (TypeError, ValueError) as error:
+        raise LoadError(f"The history is damaged: {error}.") from error
+
+
+def _read_anndata(path: Path) -> AnnData:
+    """Read the saved data."""
+    from anndata import read_h5ad
+
+    try:
+        return read_h5ad(path)
+    except Exception as error:  # h5py and anndata raise many kinds on damaged files
+        raise LoadError(
+            f"{path} cannot be read ({error}); copy the whole folder again, or give the data with adata=."
+        ) from error
+
+
+_RECORD = {
+    "class": str,
+    "constructor": dict,
+    "schema": dict,
+    "cell_names": list,
+    "seed": int,
+    "is_trained": bool,
+    "history": dict,
+}
 
 
 def _check_record(model_class: type[CellModel], folder: Path, record: dict[str, Any]) -> None:
-    expected = {"kind", "class", "constructor", "schema", "seed", "is_trained", "history", "cell_names"}
-    if missing := sorted(expected - set(record)):
-        raise LoadError(f"{folder / 'model.json'} lacks {missing}; it is damaged, or not a saved model.")
+    path = folder / "model.json"
+    if missing := sorted({"kind", *_RECORD} - set(record)):
+        raise LoadError(f"{path} lacks {missing}; it is damaged, or not a saved model.")
+    if wrong := [name for name, kind in _RECORD.items() if not isinstance(record[name], kind)]:
+        name = wrong[0]
+        raise LoadError(
+            f"{path}: {name!r} is {record[name]!r}; expected {_RECORD[name].__name__}. The file is damaged; save again."
+        )
     if record["class"] != model_class.__name__:
         raise LoadError(
             f"{folder} holds a {record['class']}, not a {model_class.__name__}; load it with "
-            f"pyrocell.{record['class']}.load({str(folder)!r})."
+            f"{record['class']}.load({str(folder)!r})."
         )
 
 

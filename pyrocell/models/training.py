@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from pyrocell import settings
 from pyrocell.data import Cells
-from pyrocell.errors import TrainingError
+from pyrocell.errors import TrainingError, list_some
 from pyrocell.infer.checkpoint import read_checkpoint
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
@@ -73,14 +76,11 @@ class Training(ModelCore):
         n_train = len(self.train_indices)
         max_epochs = default_max_epochs(n_train, self.max_epochs_cap) if max_epochs is None else max_epochs
         batch_size = n_train if self.full_batch else batch_size
-        if max_epochs < 1 or batch_size < 1:
-            raise TrainingError(
-                f"max_epochs is {max_epochs} and batch_size {batch_size}; expected at least 1 of each."
-            )
+        _check_numbers(max_epochs, batch_size, lr, n_epochs_kl_warmup)
         if early_stopping and len(self.validation_indices) == 0:
             raise TrainingError("early_stopping needs validation cells; set train_size below 1.")
         warmup = default_kl_warmup(max_epochs) if n_epochs_kl_warmup is None else n_epochs_kl_warmup
-        where = settings.default_device(device)
+        where = _device(device)
         self.module.to(where)
 
         def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Cells]]:
@@ -103,12 +103,17 @@ class Training(ModelCore):
                 n_epochs_kl_warmup=warmup,
                 early_stopping=early_stopping,
             )
+            cells = self._split_fingerprint()
+            trainer.options |= {"batch_size": batch_size, "cells": cells, "seed": self.stream.seed}
+            trainer.progress.epochs_before = len(self.history)
             if resume is not None:
                 read_checkpoint(trainer, resume)
+                self.history = self.history.iloc[: trainer.progress.epochs_before]
             validation = minibatches(self.validation_indices) if len(self.validation_indices) else None
             try:
                 trainer.fit(minibatches(self.train_indices), validation)
             finally:
+                self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
 
     def _split(self, plan: TrainingPlan, train_size: float, validation_size: float | None) -> None:
@@ -118,15 +123,54 @@ class Training(ModelCore):
             self.train_indices, self.validation_indices = np.arange(n_cells), np.array([], dtype=np.int64)
             return
         self.train_indices, self.validation_indices = split_cells(n_cells, train_size, validation_size, rng)
-        if plan.train_indices is not None:
-            self.train_indices = chosen_rows(plan.train_indices, n_cells, "TrainingPlan.train_indices")
-            given = () if plan.validation_indices is None else plan.validation_indices
-            self.validation_indices = np.setdiff1d(np.asarray(given, dtype=np.int64), [])
-            if len(self.validation_indices):
-                self.validation_indices = chosen_rows(given, n_cells, "TrainingPlan.validation_indices")
+        if plan.train_indices is None and plan.validation_indices is None:
+            return
+        if plan.train_indices is None:
+            raise TrainingError(
+                "TrainingPlan.validation_indices were given without train_indices; give both, or fractions."
+            )
+        self.train_indices = chosen_rows(plan.train_indices, n_cells, "TrainingPlan.train_indices")
+        self.validation_indices = np.array([], dtype=np.int64)
+        if plan.validation_indices is not None and len(plan.validation_indices):
+            name = "TrainingPlan.validation_indices"
+            self.validation_indices = chosen_rows(plan.validation_indices, n_cells, name)
+        both = np.intersect1d(self.train_indices, self.validation_indices)
+        if len(both):
+            raise TrainingError(
+                f"{len(both)} cells are in both train_indices and validation_indices: {list_some(both.tolist())}. "
+                "Validate on other cells than are trained on."
+            )
+
+    def _split_fingerprint(self) -> str:
+        """Say in few letters which cells are trained and validated on."""
+        content = self.train_indices.tobytes() + b"|" + self.validation_indices.tobytes()
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def _after_training(self, history: pd.DataFrame) -> None:
         if len(history):
             history.index += len(self.history)
             self.history = pd.concat([self.history, history]) if len(self.history) else history
             self.is_trained = True
+
+
+def _check_numbers(max_epochs: float, batch_size: float, lr: float, warmup: float | None) -> None:
+    """Refuse impossible numbers by name."""
+    for name, value, least in (
+        ("max_epochs", max_epochs, 1),
+        ("batch_size", batch_size, 1),
+        ("n_epochs_kl_warmup", 0 if warmup is None else warmup, 0),
+    ):
+        if not isinstance(value, int | np.integer) or value < least:
+            raise TrainingError(f"{name} is {value}; expected a whole number of at least {least}.")
+    if not 0 <= lr < math.inf:
+        raise TrainingError(f"lr is {lr}; expected a learning rate of at least 0, such as 1e-3.")
+
+
+def _device(requested: str | None) -> torch.device:
+    try:
+        return settings.default_device(requested)
+    except RuntimeError as error:
+        wrong = settings.device if requested is None else requested
+        raise TrainingError(
+            f"device is {wrong!r}; expected such as 'cpu', 'cuda:0' or 'mps': {error}"
+        ) from error

@@ -611,19 +611,30 @@ def test_raw_columns_and_learned_pseudocount():
     raw = summarise_comparisons([(np.arange(40), counts, np.full(40, 100.0))], [comparison])
     sampler = FixedValues(values)
     table = differential(sampler, [comparison], raw=raw).loc[sampler.feature_names]
-    taught = [
-        np.quantile(values[rows].max(0)[counts[rows].mean(0) < 0.01], 0.9)
-        for rows in (comparison.rows1, comparison.rows2)
-    ]
-    np.testing.assert_allclose(table["pseudocounts"], max(taught), rtol=1e-6)
+    unit = values.sum() / counts.sum()  # of the quantity, for one count
+    np.testing.assert_allclose(table["pseudocounts"], 0.01 * unit, rtol=0.02)
     np.testing.assert_allclose(table["raw_mean1"], counts[:15].mean(0))
     np.testing.assert_allclose(table["raw_normalized_mean2"], 100 * counts[15:].mean(0))
     np.testing.assert_allclose(table["non_zeros_proportion1"], (counts[:15] > 0).mean(0))
 
 
+def test_learned_pseudocount_does_not_depend_on_what_else_is_asked():
+    rng = np.random.default_rng(2)
+    values, counts = rng.gamma(2.0, size=(60, 50)).astype(np.float32), rng.poisson(0.02, (60, 50))
+    every = compare_groups(np.repeat(["a", "b", "c", "c"], 15))
+    tables = [
+        differential(
+            FixedValues(values), asked, raw=summarise_comparisons([(np.arange(60), counts, None)], asked)
+        )
+        for asked in (every, every[:1])
+    ]
+    learned = [table["pseudocounts"].iloc[0] for table in tables]
+    assert learned[0] == pytest.approx(learned[1], rel=0.02)
+
+
 def test_pseudocount_has_a_floor_and_needs_counts_or_a_number():
     sampler, comparison = two_groups(SHAPES1, RATES1, SHAPES2, RATES2)
-    often = RawSummary(40, np.full(4, 400.0), np.full(4, 40.0), np.ones(4))
+    often = RawSummary(40, np.full(4, 4e12), np.full(4, 40.0), np.ones(4))
     assert (differential(sampler, [comparison], raw=[(often, often)])["pseudocounts"] == 1e-10).all()
     with pytest.raises(QueryError, match="no raw counts were given"):
         differential(sampler, [comparison])
