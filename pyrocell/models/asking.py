@@ -87,7 +87,7 @@ class Question:
             _SMALLEST_BLOCK, _BLOCK_NUMBERS // (n_samples * max(1, self.n_features))
         )
         # Pyro takes parameters of single cells as they lie when a block holds all cells, in whatever order.
-        return min(size, self.dataset.n_cells - 1) if self.model.has_local_parameters else size
+        return max(1, min(size, self.dataset.n_cells - 1)) if self.model.has_local_parameters else size
 
     def blocks(self, size: int | None = None) -> Iterator[tuple[slice, Cells]]:
         """Yield the cells in blocks, each with its place in the result."""
@@ -186,8 +186,7 @@ class Question:
                 result[where] += (value.sum(0) / n_samples).cpu().numpy()
             else:
                 result[which, where] = value.cpu().numpy()
-        if result is None:
-            raise QueryError("No cells were asked for; give at least one index.")
+        assert result is not None  # a question has at least one cell
         return result[0] if not return_mean and n_samples == 1 else result
 
     def arrays(

@@ -72,15 +72,16 @@ class Training(ModelCore):
         """
         plan = plan or TrainingPlan()
         dataset = self.require_data(None)
-        self._split(plan, train_size, validation_size)
-        n_train = len(self.train_indices)
+        training, validation = self._split(plan, train_size, validation_size)
+        n_train = len(training)
         max_epochs = default_max_epochs(n_train, self.max_epochs_cap) if max_epochs is None else max_epochs
         batch_size = n_train if self.full_batch else batch_size
         _check_numbers(max_epochs, batch_size, lr, n_epochs_kl_warmup)
-        if early_stopping and len(self.validation_indices) == 0:
+        if early_stopping and len(validation) == 0:
             raise TrainingError("early_stopping needs validation cells; set train_size below 1.")
         warmup = default_kl_warmup(max_epochs) if n_epochs_kl_warmup is None else n_epochs_kl_warmup
         where = _device(device)
+        self.train_indices, self.validation_indices = training, validation  # a refused call changes nothing
         self.module.to(where)
 
         def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Cells]]:
@@ -109,37 +110,33 @@ class Training(ModelCore):
             if resume is not None:
                 read_checkpoint(trainer, resume)
                 self.history = self.history.iloc[: trainer.progress.epochs_before]
-            validation = minibatches(self.validation_indices) if len(self.validation_indices) else None
             try:
-                trainer.fit(minibatches(self.train_indices), validation)
+                trainer.fit(minibatches(training), minibatches(validation) if len(validation) else None)
             finally:
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
 
-    def _split(self, plan: TrainingPlan, train_size: float, validation_size: float | None) -> None:
+    def _split(
+        self, plan: TrainingPlan, train_size: float, validation_size: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the rows to train on and to validate on."""
         n_cells = self.require_data(None).n_cells
-        rng = np.random.default_rng([self.stream.seed, n_cells])
+        nobody = np.array([], dtype=np.int64)
         if self.has_local_parameters:  # a cell that was not trained on would have an untrained posterior
-            self.train_indices, self.validation_indices = np.arange(n_cells), np.array([], dtype=np.int64)
-            return
-        self.train_indices, self.validation_indices = split_cells(n_cells, train_size, validation_size, rng)
-        if plan.train_indices is None and plan.validation_indices is None:
-            return
+            return np.arange(n_cells), nobody
         if plan.train_indices is None:
-            raise TrainingError(
-                "TrainingPlan.validation_indices were given without train_indices; give both, or fractions."
-            )
-        self.train_indices = chosen_rows(plan.train_indices, n_cells, "TrainingPlan.train_indices")
-        self.validation_indices = np.array([], dtype=np.int64)
+            rng = np.random.default_rng([self.stream.seed, n_cells])
+            return split_cells(n_cells, train_size, validation_size, rng)
+        training, validation = chosen_rows(plan.train_indices, n_cells, "TrainingPlan.train_indices"), nobody
         if plan.validation_indices is not None and len(plan.validation_indices):
-            name = "TrainingPlan.validation_indices"
-            self.validation_indices = chosen_rows(plan.validation_indices, n_cells, name)
-        both = np.intersect1d(self.train_indices, self.validation_indices)
+            validation = chosen_rows(plan.validation_indices, n_cells, "TrainingPlan.validation_indices")
+        both = np.intersect1d(training, validation)
         if len(both):
             raise TrainingError(
                 f"{len(both)} cells are in both train_indices and validation_indices: {list_some(both.tolist())}. "
                 "Validate on other cells than are trained on."
             )
+        return training, validation
 
     def _split_fingerprint(self) -> str:
         """Say in few letters which cells are trained and validated on."""

@@ -13,7 +13,7 @@ from pyro.nn import PyroSample
 import pyrocell
 from pyrocell import SCVI, CellModel
 from pyrocell.data import Counts, synthetic_iid
-from pyrocell.errors import DataError, QueryError, SetupError
+from pyrocell.errors import DataError, QueryError, SetupError, TrainingError
 from pyrocell.infer.elbo import Elbo
 from tests.infer.toys import plate, toy_cells
 from tests.models.zoo import PoissonFactors
@@ -204,3 +204,14 @@ def test_bound_lies_below_the_likelihood(adata):
     mean, variance = model.get_latent_representation(return_dist=True)
     kl = 0.5 * (variance + mean**2 - 1 - np.log(variance)).sum(1).mean()
     assert reconstruction - elbo == pytest.approx(kl, rel=1e-3)
+
+
+def test_a_refused_training_leaves_the_split_as_it_was(adata):
+    model = fit(adata)
+    before = model.train_indices, model.validation_indices
+    with pytest.raises(TrainingError, match="max_epochs is 0"):
+        model.train(0, train_size=0.5)
+    assert all(
+        np.array_equal(*pair)
+        for pair in zip(before, (model.train_indices, model.validation_indices), strict=True)
+    )
