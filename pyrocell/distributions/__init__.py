@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pyrocell.distributions.accessibility import ScaledBernoulli
 from pyrocell.distributions.base import CountDistribution
 from pyrocell.distributions.beta_binomial import BetaBinomial
 from pyrocell.distributions.counts import NonZeros, attach_nonzeros, log1p_counts
 from pyrocell.distributions.gamma import log_rising
+from pyrocell.distributions.nb_mixture import NegativeBinomialMixture
 from pyrocell.distributions.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
 from pyrocell.distributions.poisson import Poisson, ZeroInflatedPoisson
 from pyrocell.distributions.standard_normal import StandardNormal
@@ -14,8 +16,10 @@ __all__ = [
     "BetaBinomial",
     "CountDistribution",
     "NegativeBinomial",
+    "NegativeBinomialMixture",
     "NonZeros",
     "Poisson",
+    "ScaledBernoulli",
     "StandardNormal",
     "ZeroInflatedNegativeBinomial",
     "ZeroInflatedPoisson",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrocell.distributions.kernels import Family, score_counts
+from pyrocell.distributions.shapes import broadcast
 
 __all__ = [
     "MEAN_FLOOR",
@@ -53,7 +54,7 @@ class CountDistribution(TorchDistribution):
     def _set_parameters(self, parameters: Sequence[Tensor], *, validate_args: bool | None) -> None:
         for name, parameter in zip(self.parameter_names, parameters, strict=True):
             setattr(self, name, parameter)
-        shape = torch.broadcast_shapes(*(parameter.shape for parameter in parameters))
+        shape = broadcast(*(parameter.shape for parameter in parameters))
         super().__init__(shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:

@@ -14,6 +14,7 @@ from torch.types import _size
 from pyrocell.distributions.base import as_reals, binomial_draw, exactly_one, log_gamma_draw
 from pyrocell.distributions.counts import working_dtype
 from pyrocell.distributions.gamma import log_rising
+from pyrocell.distributions.shapes import broadcast
 
 __all__ = ["BetaBinomial"]
 
@@ -79,7 +80,7 @@ class BetaBinomial(TorchDistribution):
         assert beta is not None
         self.alpha, self.beta = alpha.clamp(min=_SHAPE_FLOOR), beta.clamp(min=_SHAPE_FLOOR)
         self.total_count = torch.as_tensor(total_count, device=(alpha + beta).device)
-        shape = torch.broadcast_shapes(self.total_count.shape, alpha.shape, beta.shape)
+        shape = broadcast(self.total_count.shape, alpha.shape, beta.shape)
         super().__init__(shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
@@ -126,7 +127,7 @@ class BetaBinomial(TorchDistribution):
         """Compute the log-probability of each count of successes."""
         if self._validate_args:
             self._validate_sample(value)
-        shape = torch.broadcast_shapes(self.batch_shape, value.shape)
+        shape = broadcast(self.batch_shape, value.shape)
         trials = self.total_count.expand(shape).reshape(-1)
         tried = trials.nonzero().squeeze(-1)
         n, k, alpha, beta = (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,17 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+class ByColumn(NamedTuple):
+    """Non-zero entries ordered by column, then by row."""
+
+    rows: Tensor
+    """Row of each entry, int64, shape (n_nonzero,)."""
+    values: Tensor
+    """Its value, shape (n_nonzero,)."""
+    starts: Tensor
+    """Position of the first entry of each column, int64, shape (n_columns,)."""
+
+
 class NonZeros:
     """Positions and values of the non-zero entries of one dense array of counts.
 
@@ -33,8 +45,8 @@ class NonZeros:
         int64, shape (n_nonzero,): positions in the flattened counts, row by row, each at most once.
     values : Tensor
         The counts there, shape (n_nonzero,), any real dtype.
-    n_columns : int
-        Size of the last dimension of the counts.
+    n_rows, n_columns : int
+        Size of the counts.
     rows, cols : Tensor, optional
         ``flat // n_columns`` and ``flat % n_columns``, when they are at hand.
     """
@@ -44,13 +56,14 @@ class NonZeros:
         flat: Tensor,
         values: Tensor,
         *,
+        n_rows: int,
         n_columns: int,
         rows: Tensor | None = None,
         cols: Tensor | None = None,
     ) -> None:
         self.flat = flat
         self.values = values
-        self.n_columns = n_columns
+        self.n_rows, self.n_columns = n_rows, n_columns
         self.version: int | None = None
         if rows is not None:
             self.rows = rows
@@ -68,6 +81,21 @@ class NonZeros:
         return self.flat.remainder(max(self.n_columns, 1))
 
     @cached_property
+    def row_starts(self) -> Tensor:
+        """Position of the first entry of each row, int64, shape (n_rows,)."""
+        return _starts(self.rows, self.n_rows)
+
+    @cached_property
+    def by_column(self) -> ByColumn:
+        """The same entries column by column."""
+        order = _ascending(self.cols, self.n_columns)
+        return ByColumn(
+            self.rows.index_select(0, order),
+            self.values.index_select(0, order),
+            _starts(self.cols, self.n_columns),
+        )
+
+    @cached_property
     def ranked(self) -> RankedCounts:
         """The same entries, with those that are not one sorted by size, as the likelihoods use them."""
         return RankedCounts(self)
@@ -77,13 +105,16 @@ class NonZeros:
         return self.flat.numel()
 
     @classmethod
-    def of(cls, x: Tensor) -> NonZeros:
-        """Give the index kept on the counts ``x``, or build one and keep it there.
-
-        An index is kept as long as ``x`` is not modified in place.
-        """
+    def known(cls, x: Tensor) -> NonZeros | None:
+        """Give the index kept on the counts ``x``, if there is one; it holds until ``x`` is modified in place."""
         kept: NonZeros | None = getattr(x, "_nonzeros", None)
-        if kept is not None and kept.version == _version(x):
+        return kept if kept is not None and kept.version == _version(x) else None
+
+    @classmethod
+    def of(cls, x: Tensor) -> NonZeros:
+        """Give the index kept on the counts ``x``, or build one and keep it there."""
+        kept = cls.known(x)
+        if kept is not None:
             return kept
         found = cls.search(x)
         found.attach_to(x)
@@ -94,7 +125,9 @@ class NonZeros:
         """Build the index of the counts ``x``, shape (..., n_columns), without keeping it."""
         line = x.detach().reshape(-1)
         flat = _positions(line != 0)
-        return cls(flat, line.index_select(0, flat), n_columns=x.shape[-1] if x.ndim else 1)
+        n_columns = x.shape[-1] if x.ndim else 1
+        n_rows = x.numel() // max(n_columns, 1)
+        return cls(flat, line.index_select(0, flat), n_rows=n_rows, n_columns=n_columns)
 
     def attach_to(self, x: Tensor) -> Tensor:
         """Keep this index on the counts ``x`` that it describes, which are returned."""
@@ -102,11 +135,18 @@ class NonZeros:
         x._nonzeros = self  # type: ignore[attr-defined]
         return x
 
+    def with_values(self, values: Tensor) -> NonZeros:
+        """Index other values, shape (n_nonzero,), at the same positions."""
+        return NonZeros(
+            self.flat, values, n_rows=self.n_rows, n_columns=self.n_columns, rows=self.rows, cols=self.cols
+        )
+
     def to(self, device: torch.device | str) -> NonZeros:
         """Copy to a device, ranks included, so that nothing has to be searched or synchronised there."""
         moved = NonZeros(
             self.flat.to(device),
             self.values.to(device),
+            n_rows=self.n_rows,
             n_columns=self.n_columns,
             rows=self.rows.to(device),
             cols=self.cols.to(device),
@@ -243,11 +283,12 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
         stored = values != 0
         rows, cols, values = rows[stored], cols[stored], values[stored]
     flat = torch.add(cols, rows, alpha=x.shape[-1])
-    return NonZeros(flat, values, n_columns=x.shape[-1], rows=rows, cols=cols).attach_to(x)
+    n_rows, n_columns = x.shape
+    return NonZeros(flat, values, n_rows=n_rows, n_columns=n_columns, rows=rows, cols=cols).attach_to(x)
 
 
 def log1p_counts(x: Tensor) -> Tensor:
-    """Compute log(1 + x) of dense counts, with the logarithm taken at non-zeros only.
+    """Compute log(1 + x) of dense counts, with the logarithm taken at non-zeros only, whose index it keeps.
 
     Parameters
     ----------
@@ -262,8 +303,9 @@ def log1p_counts(x: Tensor) -> Tensor:
     nonzeros = NonZeros.of(x)
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     dense = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    dense.view(-1).scatter_(0, nonzeros.flat, torch.log1p(nonzeros.values.to(dtype)))
-    return dense
+    values = torch.log1p(nonzeros.values.to(dtype))
+    dense.view(-1).scatter_(0, nonzeros.flat, values)
+    return nonzeros.with_values(values).attach_to(dense)
 
 
 def _gather(parameter: Tensor, flat: Tensor, cols: Tensor) -> Tensor:
@@ -284,6 +326,19 @@ def _descending(rank: Tensor) -> Tensor:
     if rank.device.type == "cpu":  # numpy sorts bytes by counting, several times faster
         return torch.from_numpy(down.numpy().argsort(kind="stable"))
     return torch.argsort(down, stable=True)
+
+
+def _ascending(codes: Tensor, n_codes: int) -> Tensor:
+    if codes.device.type == "cpu":  # numpy sorts two bytes by counting too
+        smallest = np.min_scalar_type(max(n_codes - 1, 0))
+        return torch.from_numpy(codes.numpy().astype(smallest).argsort(kind="stable"))
+    return torch.argsort(codes, stable=True)
+
+
+def _starts(codes: Tensor, n_codes: int) -> Tensor:
+    """Position at which each code would begin, were the codes in order."""
+    sizes = torch.bincount(codes, minlength=n_codes)
+    return sizes.cumsum(0).sub_(sizes)
 
 
 def _version(x: Tensor) -> int:

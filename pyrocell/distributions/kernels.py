@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from pyrocell.distributions.counts import NonZeros, RankedCounts
 from pyrocell.distributions.gamma import large_log_rising, small_log_rising
+from pyrocell.distributions.shapes import broadcast
 
 __all__ = [
     "LOG_RATIO_LIMIT",
@@ -219,7 +220,7 @@ def score_counts(
     Tensor
         Broadcast shape of ``value`` and ``batch_shape``, without its last dimension if that was summed.
     """
-    shape = torch.broadcast_shapes(batch_shape, value.shape)
+    shape = broadcast(batch_shape, value.shape)
     full = shape or torch.Size([1])
     if value.ndim == 0 or value.shape != full[len(full) - value.ndim :]:
         # a view of the counts in another shape: searched again, on this path only

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
+from pyrocell.distributions.shapes import broadcast
+
 __all__ = ["StandardNormal"]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -21,7 +23,7 @@ class _UnitNormal(dist.Normal):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        shape = torch.broadcast_shapes(self.batch_shape, value.shape)
+        shape = broadcast(self.batch_shape, value.shape)
         return (-0.5 * value.square() - _HALF_LOG_TWO_PI).expand(shape)
 
 
@@ -46,4 +48,4 @@ def StandardNormal(n: int, *, device: torch.device | str | None = None) -> Any:
 def _kl_normal_unit(p: Any, q: Any) -> Tensor:
     variance = p.scale.square()
     kl = 0.5 * (variance + p.loc.square() - 1.0) - p.scale.log()
-    return kl.expand(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+    return kl.expand(broadcast(p.batch_shape, q.batch_shape))

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from pyrocell.nn.accessibility import DepthEncoder, RegionDecoder, RegionEncoder
+from pyrocell.nn.adversary import Adversary, reverse_gradient
+from pyrocell.nn.classifier import Classifier
 from pyrocell.nn.covariates import Covariates, InjectedLinear
 from pyrocell.nn.decoders import DecoderOutput, ProfileDecoder
 from pyrocell.nn.encoders import GaussianEncoder
 from pyrocell.nn.features import FeatureLinear, select_features
 from pyrocell.nn.mlp import MLP
+from pyrocell.nn.proteins import ProteinDecoder, ProteinOutput, SkipDecoder
 
 __all__ = [
     "MLP",
+    "Adversary",
+    "Classifier",
     "Covariates",
     "DecoderOutput",
+    "DepthEncoder",
     "FeatureLinear",
     "GaussianEncoder",
     "InjectedLinear",
     "ProfileDecoder",
+    "ProteinDecoder",
+    "ProteinOutput",
+    "RegionDecoder",
+    "RegionEncoder",
+    "SkipDecoder",
+    "reverse_gradient",
     "select_features",
 ]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrocell.nn.products import linear
+
 __all__ = ["Covariates", "InjectedLinear", "gather_codes"]
 
 
@@ -123,7 +125,7 @@ class InjectedLinear(nn.Module):
         n_levels, n_continuous = sum(sizes), covariates.n_continuous
         n_embedded = (covariates.embedding_dim or 0) if covariates.embedded and first else 0
         self.fan_in = n_in + n_levels + n_continuous + n_embedded
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
         self.table = nn.Parameter(torch.empty(n_levels, n_out)) if n_levels else None
         self.slope = nn.Parameter(torch.empty(n_out, n_continuous)) if n_continuous else None
@@ -146,7 +148,7 @@ class InjectedLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """Weight (n_out, fan_in) of the equivalent ``Linear`` on [input, one-hots, continuous, embedding]."""
         parts = [
-            self.weight,
+            self.weight.T,
             None if self.table is None else self.table.T,
             self.slope,
             self.embedding_weight,
@@ -171,7 +173,7 @@ class InjectedLinear(nn.Module):
         Tensor
             Shape (..., B, n_out).
         """
-        out = functional.linear(x, self.weight, self.bias)
+        out = linear(x, self.weight, self.bias)
         needs_codes = self.table is not None or self.embedding is not None
         if needs_codes and len(codes) != len(self.covariates.sizes):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -15,7 +16,6 @@ __all__ = ["GaussianEncoder"]
 
 # Bounds of the log variance: outside them exp() leads to infinities or to a posterior of no width.
 _LOG_VARIANCE_LIMIT = 12.0
-_SMALLEST_VARIANCE = 1e-4
 
 
 class GaussianEncoder(nn.Module):
@@ -38,6 +38,9 @@ class GaussianEncoder(nn.Module):
     transform
         Applied to the input first; ``None`` for an input that is ready.
     """
+
+    smallest_variance: ClassVar[float] = 1e-4
+    activation: ClassVar[type[nn.Module]] = nn.ReLU
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class GaussianEncoder(nn.Module):
             batch_norm=batch_norm,
             layer_norm=layer_norm,
             covariates=(covariates or Covariates()).with_batch(n_batch),
+            activation=self.activation,
         )
         self.mean = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
@@ -99,6 +103,8 @@ class GaussianEncoder(nn.Module):
         mean, log_variance = self.mean(hidden), self.log_variance(hidden)
         if mean.dtype in (torch.float16, torch.bfloat16):
             mean, log_variance = mean.float(), log_variance.float()
-        variance = log_variance.clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT).exp() + _SMALLEST_VARIANCE
+        variance = (
+            log_variance.clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT).exp() + self.smallest_variance
+        )
         # Not validated: that would wait for the device at every step; the trainer watches for bad values.
         return dist.Normal(mean, variance.sqrt(), validate_args=False).to_event(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrocell.nn.products import linear
+
 __all__ = ["FeatureLinear", "select_features"]
 
-_BLOCK = 1024
+_BLOCK = 2**20
 
 
-class FeatureLinear(nn.Linear):
+class FeatureLinear(nn.Module):
     """A linear layer with one output per feature; within :func:`select_features`, for the chosen ones only.
+
+    Weights start as those of torch's ``Linear``.
 
     Parameters
     ----------
@@ -23,17 +28,28 @@ class FeatureLinear(nn.Linear):
         Width of the input.
     n_features
         Number of features.
+    field
+        Field of the data that the features belong to: a selection may be meant for one field alone.
     """
 
-    def __init__(self, n_in: int, n_features: int) -> None:
-        super().__init__(n_in, n_features)
+    def __init__(self, n_in: int, n_features: int, *, field: str = "counts") -> None:
+        super().__init__()
+        self.field = field
+        bound = 1.0 / math.sqrt(n_in)
+        self.weight = nn.Parameter(torch.empty(n_in, n_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n_features).uniform_(-bound, bound))
         self.selected: Tensor | None = None
+
+    @property
+    def n_features(self) -> int:
+        """Number of features, chosen or not."""
+        return len(self.bias)
 
     def forward(self, h: Tensor) -> Tensor:
         """Map (..., n_in) to (..., n_features), or to (..., n_selected)."""
         if self.selected is None:
-            return functional.linear(h, self.weight, self.bias)
-        return functional.linear(h, self.weight[self.selected], self.bias[self.selected])
+            return linear(h, self.weight, self.bias)
+        return linear(h, self.weight[:, self.selected], self.bias[self.selected])
 
     def log_softmax(self, h: Tensor) -> Tensor:
         """Log-softmax over *all* features, at the chosen ones; float32 or wider."""
@@ -48,12 +64,16 @@ class FeatureLinear(nn.Linear):
         return self.log_softmax(h).exp()
 
     def _log_normaliser(self, h: Tensor) -> Tensor:
-        """Log of the sum over all features of exp(output), shape (..., 1), a block of features at a time."""
-        parts = [
-            _at_least_float32(functional.linear(h, weight, bias)).logsumexp(-1)
-            for weight, bias in zip(self.weight.split(_BLOCK), self.bias.split(_BLOCK), strict=True)
-        ]
-        return torch.stack(parts, dim=-1).logsumexp(-1, keepdim=True)
+        """Log of the sum over all features of exp(output), shape (..., 1), some cells at a time."""
+        flat = h.reshape(-1, h.shape[-1])
+        parts = flat.split(max(1, _BLOCK // self.n_features))
+        sums = [_logsumexp(_at_least_float32(linear(part, self.weight, self.bias))) for part in parts]
+        return torch.cat(sums).view(*h.shape[:-1], 1)
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    # On CPU log_softmax is one pass over the cache, and logsumexp several.
+    return x[..., :1] - functional.log_softmax(x, dim=-1)[..., :1]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -62,8 +82,10 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def select_features(module: nn.Module, index: Tensor | Sequence[int] | None) -> Iterator[None]:
-    """Let every :class:`FeatureLinear` within ``module`` compute only the chosen features.
+def select_features(
+    module: nn.Module, index: Tensor | Sequence[int] | None, field: str | None = None
+) -> Iterator[None]:
+    """Let every :class:`FeatureLinear` within ``module``, or those of one field, compute only the chosen features.
 
     Selections nest: the inner one holds, counted in all features, and the outer one comes back when it ends.
 
@@ -73,12 +95,18 @@ def select_features(module: nn.Module, index: Tensor | Sequence[int] | None) -> 
         The network, itself a feature layer or with feature layers somewhere within.
     index
         Positions of the features wanted, in the order wanted; ``None`` for all.
+    field
+        Restrict only the layers whose features belong to this field; ``None`` for all layers.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, FeatureLinear)]
+    layers = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, FeatureLinear) and field in (None, layer.field)
+    ]
     before = [layer.selected for layer in layers]
     chosen = None if index is None else torch.as_tensor(index, dtype=torch.int64)
     for layer in layers:
-        _check_positions(chosen, layer.out_features)
+        _check_positions(chosen, layer.n_features)
     try:
         for layer in layers:
             layer.selected = None if chosen is None else chosen.to(layer.weight.device)

@@ -13,6 +13,7 @@ from pyrocell.distributions import (
     BetaBinomial,
     CountDistribution,
     NegativeBinomial,
+    NegativeBinomialMixture,
     Poisson,
     ZeroInflatedNegativeBinomial,
     ZeroInflatedPoisson,
@@ -25,6 +26,9 @@ ALL = [
     Poisson(torch.rand(4, 3)),
     ZeroInflatedPoisson(torch.rand(4, 3), zi_logits=torch.randn(3)),
     BetaBinomial(torch.tensor([5, 0, 9]), torch.rand(4, 3), torch.rand(3)),
+    NegativeBinomialMixture(
+        torch.rand(4, 3), torch.rand(4, 3) + 5, torch.rand(3), background_logits=torch.randn(4, 3)
+    ),
 ]
 each = pytest.mark.parametrize("distribution", ALL, ids=lambda d: type(d).__name__)
 

@@ -22,6 +22,32 @@ def assert_indexes(nonzeros: NonZeros, x: torch.Tensor) -> None:
     assert len(nonzeros) == len(rows)
 
 
+@pytest.mark.parametrize("n_columns", [5, 300, 70_000])
+def test_entries_by_column(n_columns: int) -> None:
+    x = torch.zeros(9, n_columns)
+    torch.manual_seed(0)
+    places = torch.randperm(x.numel())[:30]
+    x.view(-1)[places] = torch.arange(1.0, 31.0)
+    nonzeros = NonZeros.of(x)
+    cols, rows = x.T.nonzero().T
+    found = nonzeros.by_column
+    assert torch.equal(found.rows, rows)
+    assert torch.equal(found.values, x[rows, cols])
+    sizes = (x != 0).sum(0)
+    assert torch.equal(found.starts, sizes.cumsum(0) - sizes)
+    sizes = (x != 0).sum(1)
+    assert torch.equal(nonzeros.row_starts, sizes.cumsum(0) - sizes)
+
+
+def test_other_values_at_the_same_places() -> None:
+    x = sparse_counts()
+    nonzeros = NonZeros.of(x)
+    doubled = nonzeros.with_values(2 * nonzeros.values)
+    assert_indexes(doubled, 2 * x)
+    assert NonZeros.known(x) is nonzeros
+    assert NonZeros.known(x.clone()) is None
+
+
 def test_search_and_cache() -> None:
     x = sparse_counts()
     found = NonZeros.of(x)

@@ -46,7 +46,7 @@ def test_injection_equals_concatenation_in_values_and_gradients(sizes, n_continu
     weight = torch.randn_like(out)
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
-    parts = [layer.weight.grad]
+    parts = [layer.weight.grad.T]
     parts += [] if layer.table is None else [layer.table.grad.T]
     parts += [] if layer.slope is None else [layer.slope.grad]
     torch.testing.assert_close(torch.cat(parts, dim=1), plain.weight.grad, rtol=1e-4, atol=1e-5)
