@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyrocell import data, distributions, errors, infer, models, nn, plotting, report, settings, testing
     from pyrocell.infer import DifferentialOptions, TrainingPlan
-    from pyrocell.models import SCVI, CellModel
+    from pyrocell.models import PEAKVI, SCANVI, SCVI, TOTALVI, CellModel
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _OBJECTS = {
     "SCVI": "pyrocell.models",
+    "SCANVI": "pyrocell.models",
+    "TOTALVI": "pyrocell.models",
+    "PEAKVI": "pyrocell.models",
     "CellModel": "pyrocell.models",
+    "ClassifierOptions": "pyrocell.models",
     "TrainingPlan": "pyrocell.infer",
     "DifferentialOptions": "pyrocell.infer",
 }
@@ -38,7 +42,11 @@ _MODULES = (
 # In reading order: the models, what one writes a model from, options, then the folders from the ground up.
 __all__ = [  # noqa: RUF022
     "SCVI",
+    "SCANVI",
+    "TOTALVI",
+    "PEAKVI",
     "CellModel",
+    "ClassifierOptions",
     "TrainingPlan",
     "DifferentialOptions",
     "data",

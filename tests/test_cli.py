@@ -19,6 +19,7 @@ from pyrocell import settings
 from pyrocell.cli import main
 from pyrocell.errors import DataError, PyrocellWarning
 from pyrocell.infer.criticism import check_predictions
+from pyrocell.infer.plan import TrainingPlan
 
 N_CELLS, N_GENES = 80, 12
 
@@ -28,6 +29,7 @@ class FakeModel:
 
     made: FakeModel
     setup: dict
+    default_plan, default_early_stopping = TrainingPlan(weight_decay=0.5), False
 
     @staticmethod
     def setup_anndata(adata, *, layer=None, batch_key=None, labels_key=None):
@@ -43,7 +45,7 @@ class FakeModel:
         warnings.warn("lane and donor are confounded", PyrocellWarning, stacklevel=2)
         warnings.warn("noise of another package", FutureWarning, stacklevel=2)
         self.training = {"max_epochs": max_epochs, "batch_size": batch_size, "early_stopping": early_stopping}
-        self.validate_every = plan.validate_every
+        self.plan = plan
         self.history = pd.DataFrame({"elbo_train": np.linspace(100, 50, max_epochs or 5)})
 
     def get_latent_representation(self):
@@ -161,7 +163,7 @@ def test_choices_reach_the_model(fitted):
     assert model.constructor == {"n_latent": 3, "gene_likelihood": "nb"}
     assert model.training == {"max_epochs": 9, "batch_size": 16, "early_stopping": False}
     assert model.seed == 7
-    assert model.validate_every == 5
+    assert model.plan == TrainingPlan(weight_decay=0.5, validate_every=5)
     assert model.groupby == "kind"
     np.testing.assert_array_equal(model.checked, np.arange(N_CELLS))
 

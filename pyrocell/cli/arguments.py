@@ -108,11 +108,13 @@ def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size-factor-key", metavar="COLUMN", help="column of obs with sizes of the cells")
     parser.add_argument("--categorical-covariate-keys", help="further categories to correct for", **many)  # type: ignore[arg-type]
     parser.add_argument("--continuous-covariate-keys", help="numbers to correct for", **many)  # type: ignore[arg-type]
-    parser.add_argument("--batch-size", type=_positive, default=128, metavar="N", help="cells in a minibatch")
+    parser.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="cells in a minibatch; else the model's"
+    )
     parser.add_argument(
         "--early-stopping",
-        action="store_true",
-        help="stop when held-out cells no longer gain, and keep the best",
+        action=argparse.BooleanOptionalAction,
+        help="stop when held-out cells no longer gain, and keep the best; else the model's habit",
     )
     parser.add_argument(
         "--set",

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def _work(args: argparse.Namespace, models: Mapping[str, Any] | None) -> None:
         _set_up(model_class, fitted, args)
         model = model_class(fitted, **_options(model_class, args.options))
     with run.step("training", f"fitting {args.model} to {fitted.n_obs} cells and {fitted.n_vars} genes"):
-        model.train(**_training_options(args))
+        model.train(**_training_options(model_class, args))
     with run.step("embedding", "latent space, neighbours, UMAP and clusters"):
         adata.obsm[LATENT] = model.get_latent_representation()
         _embed(adata, args.seed, run)
@@ -202,15 +203,13 @@ def _options(model_class: Any, assignments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _training_options(args: argparse.Namespace) -> dict[str, Any]:
-    from pyrocell.infer.plan import TrainingPlan
-
+def _training_options(model_class: Any, args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name, None) for name in ("batch_size", "early_stopping")}
+    options = {name: value for name, value in given.items() if value is not None}
+    stops = options.get("early_stopping", model_class.default_early_stopping)
     # Often enough for a curve of held-out cells that can be judged.
-    plan = TrainingPlan(validate_every=None if getattr(args, "early_stopping", False) else _VALIDATE_EVERY)
-    options = {"max_epochs": args.max_epochs, "device": args.device, "plan": plan}
-    if args.command == "fit":
-        options |= {"batch_size": args.batch_size, "early_stopping": args.early_stopping}
-    return options
+    plan = replace(model_class.default_plan, validate_every=None if stops else _VALIDATE_EVERY)
+    return options | {"max_epochs": args.max_epochs, "device": args.device, "plan": plan}
 
 
 def _embed(adata: AnnData, seed: int, run: Progress) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pyrocell.data.accessibility import Accessibility
 from pyrocell.data.base import Argument, Field, Frozen, Reader, column_reader, tensor_like
 from pyrocell.data.datasets import pbmc68k
 from pyrocell.data.fields import Categories, Category, Continuous, Counts, SizeFactor
 from pyrocell.data.minibatch import Cells, Dataset, prototype_cells
-from pyrocell.data.registration import make_setup_anndata, read_setup
+from pyrocell.data.proteins import Proteins
+from pyrocell.data.registration import make_setup_anndata, make_setup_mudata, read_setup, setup_of
 from pyrocell.data.schema import Schema
 from pyrocell.data.simulate import simulate_scvi, synthetic_iid
 from pyrocell.data.slots import Slots
@@ -17,12 +19,16 @@ __all__ = [  # noqa: RUF022
     "synthetic_iid",
     "simulate_scvi",
     "Counts",
+    "Accessibility",
     "Category",
     "Categories",
     "Continuous",
     "SizeFactor",
+    "Proteins",
     "make_setup_anndata",
+    "make_setup_mudata",
     "read_setup",
+    "setup_of",
     "Schema",
     "Dataset",
     "Cells",

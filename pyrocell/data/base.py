@@ -15,6 +15,7 @@ from torch import Tensor
 from pyrocell.data.slots import Slots
 
 __all__ = [
+    "NONINTEGER",
     "Argument",
     "Field",
     "Frozen",
@@ -57,6 +58,16 @@ class Argument:
     required: bool = False
 
 
+NONINTEGER = Argument(
+    "allow_noninteger",
+    "bool",
+    "Accept counts that are not whole numbers, such as those corrected for ambient RNA. Negative, missing and infinite "
+    "values are refused all the same.",
+    default=False,
+)
+"""Argument that every field of counts adds."""
+
+
 @dataclass(frozen=True)
 class Frozen:
     """What a field found in the data.
@@ -67,7 +78,9 @@ class Frozen:
         What the schema keeps, as JSON values: at least ``given`` (whether the user gave the field), ``names`` (of its
         features, categories or columns), and ``cells`` (name of each tensor in `Cells` to its `tensor_like`).
     totals
-        Total count of each cell, if the field has counts; shape (n_cells,).
+        Total count of each cell, if the field has counts; NaN where they were not measured; shape (n_cells,).
+    measured
+        Whether anything was measured in each cell, if cells may lack the field; bool, shape (n_cells,).
     codes, numbers
         Categorical and continuous values of each cell by name of the column, for checks across fields.
     """
@@ -76,6 +89,7 @@ class Frozen:
     totals: np.ndarray | None = None
     codes: Mapping[str, np.ndarray] = field(default_factory=dict)
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    measured: np.ndarray | None = None
 
 
 def tensor_like(dtype: str, *shape: int, fill: float = 0) -> dict[str, Any]:
@@ -84,7 +98,7 @@ def tensor_like(dtype: str, *shape: int, fill: float = 0) -> dict[str, Any]:
     Parameters
     ----------
     dtype
-        ``"float32"`` or ``"int64"``.
+        ``"float32"``, ``"int64"`` or ``"bool"``.
     *shape
         Shape for one cell; none for a scalar.
     fill
@@ -101,10 +115,10 @@ def column_reader(name: str, values: np.ndarray) -> Reader:
     name
         Attribute of `Cells`.
     values
-        Shape (n_cells, ...); read as int64 if whole, else as float32.
+        Shape (n_cells, ...); read as bool or int64 if they are such, else as float32.
     """
-    dtype = torch.int64 if np.issubdtype(values.dtype, np.integer) else torch.float32
-    column = torch.tensor(values, dtype=dtype)
+    dtypes = {"b": torch.bool, "i": torch.int64, "u": torch.int64}
+    column = torch.tensor(values, dtype=dtypes.get(values.dtype.kind, torch.float32))
     return lambda rows: {name: column.index_select(0, torch.from_numpy(rows))}
 
 
@@ -132,6 +146,8 @@ class Field(ABC):
 
     is_covariate: ClassVar[bool] = False
     """Whether to warn when the field is confounded with the batch."""
+    has_features: ClassVar[bool] = False
+    """Whether the field has features of its own, so that it lies in a modality of a MuData."""
     name: str = ""
 
     def __init__(
@@ -166,6 +182,10 @@ class Field(ABC):
     def arguments(self) -> list[Argument]:
         """Return what the field adds to the signature of ``setup_anndata``."""
 
+    def mudata_arguments(self) -> list[Argument]:
+        """Return what the field adds to the signature of ``setup_mudata``; by default the same."""
+        return self.arguments()
+
     @abstractmethod
     def check_setup(self, slots: Slots, setup: Setup) -> None:
         """Raise a SetupError if the set-up names something that the data do not have."""
@@ -192,6 +212,15 @@ class Field(ABC):
         DataError
             If the data do not fit the record.
         """
+
+    def extend(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Frozen:
+        """Check a query, and return the record of the reference with what the query adds to it.
+
+        By default it may add nothing. Parameters and errors as for `open`.
+        """
+        self.check_setup(slots, setup)
+        self.check_values(slots, setup, record)
+        return Frozen(dict(record))
 
     def check_values(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> None:
         """Check what is too costly to check in `open`; by default nothing. Parameters as for `open`."""

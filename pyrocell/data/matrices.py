@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from pyrocell.errors import DataError, PyrocellWarning
 
-__all__ = ["Entries", "MatrixReader", "open_matrix"]
+__all__ = ["Entries", "MatrixReader", "open_matrix", "with_absent"]
 
 # Reads from disk that are closer than this are joined: one longer read is faster than two calls.
 _GAP_BYTES = 65536
@@ -38,6 +38,10 @@ class Entries(NamedTuple):
         if filled.any():
             totals[filled] = np.add.reduceat(self.values, bounds[:-1][filled], dtype=np.float64)
         return totals
+
+    def only(self, wanted: np.ndarray) -> Entries:
+        """Return some of the entries, chosen by a boolean each."""
+        return self if wanted.all() else Entries(*(part[wanted] for part in self))
 
 
 class MatrixReader(ABC):
@@ -151,28 +155,12 @@ class _Sparse(MatrixReader):
 
     def __init__(self, matrix: Any, rows: np.ndarray | None) -> None:
         self._matrix, self._rows = matrix, rows
-        self._lengths = np.diff(matrix.indptr)
         self.n_rows, self.n_cols = matrix.shape if rows is None else (len(rows), matrix.shape[1])
 
     def entries(self, rows: np.ndarray) -> Entries:
-        rows = rows if self._rows is None else self._rows[rows]
-        starts, lengths = self._matrix.indptr[rows], self._lengths[rows]
-        where = (
-            _gather(starts.astype(np.int64), lengths) if not _consecutive(rows) else _span(starts, lengths)
-        )
-        return _without_zeros(
-            np.repeat(np.arange(len(rows)), lengths),
-            self._matrix.indices[where].astype(np.int64),
-            _numbers(np.array(self._matrix.data[where])),  # a slice alone would share the user's memory
-        )
-
-
-def _consecutive(rows: np.ndarray) -> bool:
-    return len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all())
-
-
-def _span(starts: np.ndarray, lengths: np.ndarray) -> slice:
-    return slice(int(starts[0]), int(starts[-1] + lengths[-1]))
+        chosen = self._matrix[rows if self._rows is None else self._rows[rows]]
+        where = np.repeat(np.arange(len(rows)), np.diff(chosen.indptr))
+        return _without_zeros(where, chosen.indices.astype(np.int64), _numbers(chosen.data))
 
 
 def _entries_of_dense(dense: np.ndarray) -> Entries:
@@ -279,3 +267,30 @@ class _DenseOnDisk(_OnDisk):
         runs, local = _runs(unique, unique + 1, self._gap)
         dense = _read(self._matrix, runs)[local[inverse]]
         return _entries_of_dense(dense if self._cols is None else dense[:, self._cols])
+
+
+def with_absent(matrix: MatrixReader, position: np.ndarray) -> MatrixReader:
+    """See a matrix through other rows, some of which it lacks: these are empty.
+
+    Parameters
+    ----------
+    matrix
+        The matrix.
+    position
+        Row of the matrix for each row wanted, -1 where there is none; int64, shape (n_rows,).
+    """
+    return _WithAbsent(matrix, position)
+
+
+class _WithAbsent(MatrixReader):
+    """Rows of another matrix, in another order, with empty rows among them."""
+
+    def __init__(self, matrix: MatrixReader, position: np.ndarray) -> None:
+        self._matrix, self._position = matrix, position
+        self.n_rows, self.n_cols = len(position), matrix.n_cols
+
+    def entries(self, rows: np.ndarray) -> Entries:
+        there = self._position[rows]
+        present = np.flatnonzero(there >= 0)
+        found = self._matrix.entries(there[present])
+        return Entries(present[found.rows], found.cols, found.values)

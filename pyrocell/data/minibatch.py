@@ -13,12 +13,13 @@ from torch import Tensor
 from pyrocell.data import preflight
 from pyrocell.data.base import Field, Reader, named_fields
 from pyrocell.data.schema import Schema
-from pyrocell.data.slots import Slots
+from pyrocell.data.slots import open_slots
 from pyrocell.distributions import NonZeros
 from pyrocell.errors import QueryError, list_some
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
 __all__ = ["Cells", "Dataset", "prototype_cells"]
 
@@ -49,6 +50,10 @@ class Cells:
         int64, shape (n_cells, n_covariates).
     continuous_covariates : Tensor
         Standardised, float32, shape (n_cells, n_covariates).
+    proteins : Tensor
+        Counts, 0 where not measured, float32, shape (n_cells, n_proteins).
+    proteins_mask : Tensor
+        True where measured, bool, shape (n_cells, n_proteins).
     """
 
     counts: Tensor
@@ -58,6 +63,8 @@ class Cells:
     size_factor: Tensor | None
     categorical_covariates: Tensor
     continuous_covariates: Tensor
+    proteins: Tensor
+    proteins_mask: Tensor
     rows: Tensor
     n_total: int
 
@@ -120,7 +127,7 @@ def _dense_on(device: str | torch.device, shape: torch.Size, nonzeros: NonZeros)
 
 
 class Dataset:
-    """AnnData seen through a frozen schema: aligned by name, ready for minibatches, never changed.
+    """AnnData or MuData seen through a frozen schema: aligned by name, ready for minibatches, never changed.
 
     Parameters
     ----------
@@ -132,10 +139,12 @@ class Dataset:
         The fields of the model, by name.
     check
         Whether to check every count; not needed for the data that the schema was just frozen from.
+    setup
+        Where the data are, if elsewhere than those that the schema was frozen from: `setup_of` tells.
 
     Attributes
     ----------
-    adata : AnnData
+    adata : AnnData or MuData
         The data as given.
     schema : Schema
         As given.
@@ -153,22 +162,35 @@ class Dataset:
     """
 
     def __init__(
-        self, adata: AnnData, schema: Schema, fields: Mapping[str, Field], *, check: bool = True
+        self,
+        adata: AnnData | MuData,
+        schema: Schema,
+        fields: Mapping[str, Field],
+        *,
+        check: bool = True,
+        setup: Mapping[str, Any] | None = None,
     ) -> None:
-        slots = Slots(adata)
-        preflight.check_cell_names(slots.cell_names)
+        places = schema.setup if setup is None else setup
+        slots = open_slots(adata, places.get("modalities"))
+        preflight.check_cell_names(slots.cell_names, slots.spelled)
         self.adata, self.schema = adata, schema
         self.n_cells = slots.n_cells
         self.obs_names: pd.Index = slots.cell_names
+        self._slots = slots
         self._readers: list[Reader] = []
         for name, item in named_fields(fields).items():
             record = schema.record(name)
             if check:
-                item.check_values(slots, schema.setup, record)
-            self._readers.append(item.open(slots, schema.setup, record))
+                item.check_values(slots.of(name), places, record)
+            self._readers.append(item.open(slots.of(name), places, record))
 
     def __len__(self) -> int:
         return self.n_cells
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """Columns about the cells: ``adata.obs``, or ``mdata.obs`` with the columns that one modality alone has."""
+        return self._slots.obs
 
     def __repr__(self) -> str:
         return f"Dataset of {self.n_cells} cells\n{self.schema}"

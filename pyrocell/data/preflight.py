@@ -13,6 +13,7 @@ from pyrocell.data.matrices import Entries, MatrixReader
 from pyrocell.errors import DataError, PyrocellWarning, SetupError, list_some
 
 __all__ = [
+    "CountFaults",
     "category_levels",
     "check_cell_names",
     "check_counts",
@@ -27,6 +28,7 @@ __all__ = [
 # log1p of counts per 10,000 cannot exceed log(10,001) = 9.2; other targets rarely exceed log(1e6) = 13.8.
 _LOG_CEILING = 14.0
 _SHOWN = 5
+_IF_MISSING = "Remove these cells or features, or set the values to 0 if they mean that nothing was counted."
 
 
 def check_names(names: pd.Index, what: str, remedy: str) -> None:
@@ -49,9 +51,9 @@ def check_names(names: pd.Index, what: str, remedy: str) -> None:
         )
 
 
-def check_cell_names(names: pd.Index) -> None:
-    """Raise a DataError if cell names repeat."""
-    check_names(names, "cell", "call adata.obs_names_make_unique().")
+def check_cell_names(names: pd.Index, data: str = "adata") -> None:
+    """Raise a DataError if cell names repeat; ``data`` is what messages call the data."""
+    check_names(names, "cell", f"call {data}.obs_names_make_unique().")
 
 
 class _Faults:
@@ -73,7 +75,7 @@ class _Faults:
         return f"{shown} and {hidden} more" if hidden else shown
 
 
-class _CountFaults:
+class CountFaults:
     """Everything that can be wrong with counts, gathered over one pass."""
 
     def __init__(self) -> None:
@@ -81,6 +83,7 @@ class _CountFaults:
         self.largest = 0.0
 
     def look(self, entries: Entries, first_row: int) -> None:
+        """Look at the entries of a block of rows, the first of which is ``first_row``."""
         values = entries.values
         if len(values) == 0:
             return
@@ -95,6 +98,36 @@ class _CountFaults:
             self.not_whole.add(fraction, entries, first_row)
         self.largest = max(self.largest, float(values.max()))
 
+    def refuse(
+        self,
+        cells: pd.Index,
+        features: Sequence[str],
+        *,
+        allow_noninteger: bool,
+        where: str,
+        there: Mapping[str, Any],
+    ) -> None:
+        """Raise a DataError if anything was found; parameters as for `check_counts`."""
+        if self.not_finite.n:
+            remedy = there.get("if_missing", _IF_MISSING)
+            raise DataError(
+                f"{where} has {self.not_finite.n} values that are NaN or infinite: "
+                f"{self.not_finite.spell(cells, features)}. {remedy}"
+            )
+        if self.negative.n:
+            scaled = " The data look scaled or batch-corrected." if self.not_whole.n else ""
+            raise DataError(
+                f"{where} has {self.negative.n} negative values: {self.negative.spell(cells, features)}. Counts are "
+                f"0, 1, 2, ...{scaled} {_where_counts_are(there)}"
+            )
+        if self.not_whole.n and not allow_noninteger:
+            looks = "looks log-normalised: it has" if self.largest < _LOG_CEILING else "has"
+            raise DataError(
+                f"{where} {looks} {self.not_whole.n} values that are not whole, up to {self.largest:g}: "
+                f"{self.not_whole.spell(cells, features)}. This model needs raw counts. {_where_counts_are(there)} If "
+                "these values are meant, set up with allow_noninteger=True."
+            )
+
 
 def check_counts(
     matrix: MatrixReader,
@@ -104,6 +137,7 @@ def check_counts(
     allow_noninteger: bool,
     where: str,
     there: Mapping[str, Any],
+    measured: np.ndarray | None = None,
 ) -> np.ndarray:
     """Check counts in one pass of bounded memory.
 
@@ -118,12 +152,15 @@ def check_counts(
     where
         Name of the matrix in messages.
     there
-        ``layers`` (their names) and ``raw`` (whether there is one), for the remedy.
+        ``layers`` (their names) and ``raw`` (whether there is one), for the remedy; ``if_missing``: what to do about
+        NaN.
+    measured
+        Cells that were measured, bool, shape (n_cells,); by default all. The others may be empty.
 
     Returns
     -------
     ndarray
-        Total count of each cell, float64, shape (n_cells,).
+        Total count of each cell, float64, shape (n_cells,); NaN where not measured.
 
     Raises
     ------
@@ -134,53 +171,29 @@ def check_counts(
         raise DataError(
             f"{where} has {matrix.n_rows} cells and {matrix.n_cols} features: nothing to learn from."
         )
-    faults, totals = _CountFaults(), np.zeros(matrix.n_rows)
+    faults, totals = CountFaults(), np.zeros(matrix.n_rows)
     for start, n_rows, entries in matrix.blocks():
+        if measured is not None:
+            entries = entries.only(measured[start + entries.rows])
         faults.look(entries, start)
         totals[start : start + n_rows] = entries.totals(n_rows)
-    _refuse_not_counts(faults, cells, features, allow_noninteger=allow_noninteger, where=where, there=there)
+    faults.refuse(cells, features, allow_noninteger=allow_noninteger, where=where, there=there)
+    if measured is not None:
+        totals[~measured] = np.nan
     _refuse_empty_cells(totals, cells, len(features), where)
     return totals
-
-
-def _refuse_not_counts(
-    faults: _CountFaults,
-    cells: pd.Index,
-    features: Sequence[str],
-    *,
-    allow_noninteger: bool,
-    where: str,
-    there: Mapping[str, Any],
-) -> None:
-    if faults.not_finite.n:
-        raise DataError(
-            f"{where} has {faults.not_finite.n} values that are NaN or infinite: "
-            f"{faults.not_finite.spell(cells, features)}. Remove these cells or features, or set the values to 0 if "
-            "they mean that nothing was counted."
-        )
-    if faults.negative.n:
-        scaled = " The data look scaled or batch-corrected." if faults.not_whole.n else ""
-        raise DataError(
-            f"{where} has {faults.negative.n} negative values: {faults.negative.spell(cells, features)}. Counts are "
-            f"0, 1, 2, ...{scaled} {_where_counts_are(there)}"
-        )
-    if faults.not_whole.n and not allow_noninteger:
-        looks = "looks log-normalised: it has" if faults.largest < _LOG_CEILING else "has"
-        raise DataError(
-            f"{where} {looks} {faults.not_whole.n} values that are not whole, up to {faults.largest:g}: "
-            f"{faults.not_whole.spell(cells, features)}. This model needs raw counts. {_where_counts_are(there)} If "
-            "these values are meant, set up with allow_noninteger=True."
-        )
 
 
 def _where_counts_are(there: Mapping[str, Any]) -> str:
     advice = []
     if there["layers"]:
         advice.append(
-            f"If a layer holds the raw counts, set up with layer= (there are: {list_some(there['layers'])})."
+            f"If a layer holds the raw counts, set up with {there.get('argument', 'layer')}= (there are: "
+            f"{list_some(there['layers'])})."
         )
     if there["raw"]:
-        advice.append("If adata.raw holds them, take adata.raw.to_adata().")
+        data = there.get("data", "adata")
+        advice.append(f"If {data}.raw holds them, take {data}.raw.to_adata().")
     if not advice:
         advice.append("Read the raw counts again, and keep them in a layer before normalising.")
     return " ".join(advice)
@@ -221,11 +234,11 @@ def category_levels(column: pd.Series, where: str) -> tuple[list[str], np.ndarra
     DataError
         If values are missing, or two categories have the same name as text.
     """
-    missing = column.isna().to_numpy()
+    missing, place = column.isna().to_numpy(), where.partition(": ")[2] or where
     if missing.any():
         raise DataError(
             f"{where} is missing (NaN) for {missing.sum()} cells: {list_some(column.index[missing])}. Remove the "
-            f"cells, or give them a category: adata.obs[{column.name!r}] = adata.obs[{column.name!r}].astype(str)."
+            f"cells, or give them a category: {place} = {place}.astype(str)."
         )
     values = _as_categorical(column).remove_unused_categories()
     names = [_level_name(value) for value in values.categories]
@@ -233,7 +246,7 @@ def category_levels(column: pd.Series, where: str) -> tuple[list[str], np.ndarra
         twice = sorted({name for name in names if names.count(name) > 1})
         raise DataError(
             f"{where} has different categories with the same name as text: {list_some(twice)}. Make them one with "
-            f"adata.obs[{column.name!r}].astype(str)."
+            f"{place}.astype(str)."
         )
     return names, np.asarray(values.codes, dtype=np.int64)
 
@@ -249,22 +262,21 @@ def _as_categorical(column: pd.Series) -> pd.Categorical:
     return pd.Categorical(column, categories=levels)
 
 
-def numbers(column: pd.Series, argument: str) -> np.ndarray:
+def numbers(column: pd.Series, where: str) -> np.ndarray:
     """Read a column of numbers as float64, shape (n_cells,).
 
     Parameters
     ----------
     column
         One value per cell.
-    argument
-        Argument of the set-up that named it, for messages.
+    where
+        Name of the column in messages.
 
     Raises
     ------
     DataError
         If the column is not numeric, or has NaN or infinite values.
     """
-    where = f"{argument}: adata.obs[{column.name!r}]"
     if not pd.api.types.is_numeric_dtype(column.dtype):
         raise DataError(
             f"{where} is not numeric but {column.dtype}, with values such as {list_some(column.unique())}. Convert "
@@ -280,16 +292,16 @@ def numbers(column: pd.Series, argument: str) -> np.ndarray:
     return values
 
 
-def size_factors(column: pd.Series, argument: str) -> np.ndarray:
+def size_factors(column: pd.Series, where: str) -> np.ndarray:
     """Read size factors: positive numbers, float64, shape (n_cells,).
 
     Raises a DataError that names the cells where they are missing, infinite, zero or negative.
     """
-    values = numbers(column, argument)
+    values = numbers(column, where)
     wrong = values <= 0
     if wrong.any():
         raise DataError(
-            f"{argument}: adata.obs[{column.name!r}] is not positive for {wrong.sum()} cells: "
+            f"{where} is not positive for {wrong.sum()} cells: "
             f"{list_some(column.index[wrong])}. Size factors are above 0; recompute them, or remove the cells."
         )
     return values

@@ -12,11 +12,12 @@ import numpy as np
 from pyrocell.data import preflight
 from pyrocell.data.base import Field, Frozen, named_fields
 from pyrocell.data.registration import complete_setup
-from pyrocell.data.slots import Slots, what_there_is
-from pyrocell.errors import LoadError, QueryError, SetupError
+from pyrocell.data.slots import open_slots, what_there_is
+from pyrocell.errors import DataError, LoadError, QueryError, SetupError, list_some
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
 __all__ = ["Schema"]
 
@@ -34,7 +35,7 @@ class Schema:
     fields
         A record for each field of the model.
     setup
-        Arguments of ``setup_anndata``, complete with defaults: where the data are.
+        Arguments of ``setup_anndata`` or ``setup_mudata``, complete with defaults: where the data are.
     statistics
         ``library_log_mean`` and ``library_log_var``: mean and population variance of the log total count in each batch.
     """
@@ -45,7 +46,7 @@ class Schema:
     statistics: dict[str, list[float]]
 
     @classmethod
-    def freeze(cls, adata: AnnData, fields: Mapping[str, Field], setup: Mapping[str, Any]) -> Schema:
+    def freeze(cls, adata: AnnData | MuData, fields: Mapping[str, Field], setup: Mapping[str, Any]) -> Schema:
         """Check the data thoroughly, and record what the model needs to know.
 
         Parameters
@@ -55,7 +56,7 @@ class Schema:
         fields
             The fields of the model, by name.
         setup
-            Arguments that ``setup_anndata`` was given, as `read_setup` returns them.
+            Arguments that ``setup_anndata`` or ``setup_mudata`` was given, as `read_setup` returns them.
 
         Raises
         ------
@@ -69,17 +70,52 @@ class Schema:
         PyrocellWarning
             If a covariate is confounded with the batch.
         """
-        slots, bound, complete = Slots(adata), named_fields(fields), complete_setup(fields, setup)
-        preflight.check_cell_names(slots.cell_names)
-        for item in bound.values():
-            item.check_setup(slots, complete)
-        frozen = {name: item.freeze(slots, complete) for name, item in bound.items()}
+        bound, complete = named_fields(fields), complete_setup(fields, setup)
+        slots = open_slots(adata, complete.get("modalities"))
+        preflight.check_cell_names(slots.cell_names, slots.spelled)
+        for name, item in bound.items():
+            item.check_setup(slots.of(name), complete)
+        frozen = {name: item.freeze(slots.of(name), complete) for name, item in bound.items()}
         _warn_confounded(bound, frozen)
+        _refuse_unmeasured_panels(frozen)
         return cls(
             n_cells=slots.n_cells,
             fields={name: found.record for name, found in frozen.items()},
             setup=complete,
             statistics=_library_moments(frozen),
+        )
+
+    def extend(
+        self, adata: AnnData, fields: Mapping[str, Field], setup: Mapping[str, Any] | None = None
+    ) -> Schema:
+        """Check a query, and return this schema with what the query adds to it: categories, after the known ones.
+
+        Parameters
+        ----------
+        adata
+            The query.
+        fields
+            The fields of the model, by name.
+        setup
+            Where the query has its data, if elsewhere than the reference.
+
+        Raises
+        ------
+        DataError, SetupError
+            If the query cannot be used; the message names the offenders and the remedy.
+        """
+        bound = named_fields(fields)
+        complete = self.setup if setup is None else complete_setup(fields, setup)
+        slots = open_slots(adata, complete.get("modalities"))
+        preflight.check_cell_names(slots.cell_names, slots.spelled)
+        found = {
+            name: item.extend(slots.of(name), complete, self.record(name)) for name, item in bound.items()
+        }
+        return Schema(
+            n_cells=slots.n_cells,
+            fields={name: frozen.record for name, frozen in found.items()},
+            setup=complete,
+            statistics=_further_moments(self.statistics, found),
         )
 
     def record(self, name: str) -> dict[str, Any]:
@@ -190,15 +226,42 @@ def _warn_confounded(fields: Mapping[str, Field], frozen: Mapping[str, Frozen]) 
     )
 
 
-def _library_moments(frozen: Mapping[str, Frozen]) -> dict[str, list[float]]:
+def _refuse_unmeasured_panels(frozen: Mapping[str, Frozen]) -> None:
+    """Raise a DataError if a panel was said to have been used, and none of its cells was measured."""
+    if "panel" not in frozen or not frozen["panel"].codes:
+        return
+    [(key, codes)] = frozen["panel"].codes.items()
+    for name, found in frozen.items():
+        if found.measured is None:
+            continue
+        n_cells = np.bincount(codes, found.measured, minlength=len(frozen["panel"].record["names"]))
+        empty = [panel for panel, n in zip(frozen["panel"].record["names"], n_cells, strict=True) if n == 0]
+        if empty:
+            raise DataError(
+                f"The column {key!r} names the panels {list_some(empty)}, but no cell of theirs has {name} that were "
+                f"measured. Give these cells the panel whose {name} are to be imputed for them, or remove them."
+            )
+
+
+def _library_moments(frozen: Mapping[str, Frozen], known: int = 0) -> dict[str, list[float]]:
+    """Moments of the log totals in each batch but the first ``known`` ones."""
     totals = frozen["counts"].totals if "counts" in frozen else None
     if totals is None:
         return {}
     batch = np.zeros(len(totals), dtype=np.int64)
     if "batch" in frozen and frozen["batch"].codes:
         [batch] = frozen["batch"].codes.values()
-    logs = [np.log(totals[batch == level]) for level in range(batch.max() + 1)]
+    measured = np.isfinite(totals)
+    # A batch in which no cell was measured is taken for an average one: nothing else is known of it.
+    chosen = [(batch == level) & measured for level in range(known, batch.max() + 1)]
+    logs = [np.log(totals[rows if rows.any() else measured]) for rows in chosen]
     return {
         "library_log_mean": [float(values.mean()) for values in logs],
         "library_log_var": [float(values.var()) for values in logs],
     }
+
+
+def _further_moments(known: dict[str, list[float]], frozen: Mapping[str, Frozen]) -> dict[str, list[float]]:
+    """Put the moments of a query's new batches after those of the reference, which stay."""
+    new = _library_moments(frozen, known=len(known.get("library_log_mean", ())))
+    return {name: [*values, *new.get(name, [])] for name, values in known.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,8 @@ class PredictiveCheck:
         ``upper``, ``count``, ``density``. A calibrated model has density 1 everywhere; a hump in the middle
         says that predictions are too wide, horns at the ends that they are too narrow, a slope that they are
         off.
+    parts
+        The same for each kind of features by itself (``"counts"``, ``"proteins"``), of a model that explains several.
 
     Notes
     -----
@@ -49,6 +51,7 @@ class PredictiveCheck:
     features: pd.DataFrame
     summary: pd.Series
     pit: pd.DataFrame
+    parts: Mapping[str, PredictiveCheck] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={value:.3g}" for name, value in self.summary.items())
@@ -105,9 +108,10 @@ class PredictiveAccumulator:
         n_features = len(self.feature_names)
         self._observed = np.zeros((3, n_features))
         self._predicted = np.zeros((3, 0, n_features))
+        self._n_measured = np.zeros(n_features)
         self._histogram = np.zeros((n_features, _N_BINS), dtype=np.int64)
 
-    def update(self, observed: Tensor, draws: Tensor) -> None:
+    def update(self, observed: Tensor, draws: Tensor, measured: Tensor | None = None) -> None:
         """Add a block of cells.
 
         Parameters
@@ -116,14 +120,17 @@ class PredictiveAccumulator:
             Measured values, shape (B, G).
         draws
             Draws from the predictive distribution of the same cells, shape (M, B, G).
+        measured
+            Which values were measured, bool, shape (B, G); the others, and their draws, are left out. By default all.
         """
         self._check(observed, draws)
         if not self.n_cells:
             self.n_draws = draws.shape[0]
             self._predicted = np.zeros((3, self.n_draws, len(self.feature_names)))
-        self._observed += _moments(observed)
-        self._predicted += _moments(draws)
-        self._histogram += self._pit_histogram(observed, draws)
+        self._observed += _moments(observed, measured)
+        self._predicted += _moments(draws, measured)
+        self._n_measured += len(observed) if measured is None else measured.sum(0).cpu().numpy()
+        self._histogram += self._pit_histogram(observed, draws, measured)
         self.n_cells += observed.shape[0]
 
     def result(self) -> PredictiveCheck:
@@ -165,7 +172,7 @@ class PredictiveAccumulator:
                 "as many in every block."
             )
 
-    def _pit_histogram(self, observed: Tensor, draws: Tensor) -> np.ndarray:
+    def _pit_histogram(self, observed: Tensor, draws: Tensor, measured: Tensor | None) -> np.ndarray:
         """Histogram per feature of the randomised rank of each observed value among its draws, in (0, 1)."""
         less = (draws < observed).sum(0)
         equal = (draws == observed).sum(0)
@@ -174,12 +181,14 @@ class PredictiveAccumulator:
         pit = (less + uniform * (equal + 1)) / (draws.shape[0] + 1)
         bins = (pit * _N_BINS).long().clamp_(0, _N_BINS - 1)
         offsets = torch.arange(observed.shape[1], device=bins.device) * _N_BINS
-        counts = torch.bincount((bins + offsets).flatten(), minlength=observed.shape[1] * _N_BINS)
+        places = bins + offsets
+        places = places.flatten() if measured is None else places[measured]
+        counts = torch.bincount(places, minlength=observed.shape[1] * _N_BINS)
         return counts.cpu().numpy().reshape(-1, _N_BINS)
 
     def _features(self) -> pd.DataFrame:
-        observed = _statistics(self._observed, self.n_cells)
-        predicted = _statistics(self._predicted, self.n_cells)
+        observed = _statistics(self._observed, self._n_measured)
+        predicted = _statistics(self._predicted, self._n_measured)
         columns = {}
         for name, seen, drawn in zip(_STATISTICS, observed, predicted, strict=True):
             columns[f"observed_{name}"] = seen
@@ -213,19 +222,22 @@ class PredictiveAccumulator:
         return pd.Series(numbers, name="predictive check")
 
 
-def _moments(values: Tensor) -> np.ndarray:
-    """Sum, sum of squares and number of zeros over cells of (..., B, G): shape (3, ..., G)."""
+def _moments(values: Tensor, measured: Tensor | None) -> np.ndarray:
+    """Sum, sum of squares and number of zeros over measured cells of (..., B, G): shape (3, ..., G)."""
     if values.device.type == "mps":  # which has no float64
-        values = values.cpu()
+        values, measured = values.cpu(), None if measured is None else measured.cpu()
+    is_zero = values == 0
+    if measured is not None:
+        values, is_zero = values * measured, is_zero & measured
     total = values.sum(-2, dtype=torch.float64)
     squares = values.square().sum(-2, dtype=torch.float64)
-    zeros = (values == 0).sum(-2, dtype=torch.float64)
+    zeros = is_zero.sum(-2, dtype=torch.float64)
     return torch.stack([total, squares, zeros]).cpu().numpy()
 
 
-def _statistics(moments: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, population variance and fraction of zeros from their sums."""
-    mean, square, zeros = moments / n_cells
+def _statistics(moments: np.ndarray, n_cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, population variance and fraction of zeros from their sums; not a number where nothing was measured."""
+    mean, square, zeros = moments / np.where(n_cells > 0, n_cells, np.nan)
     return mean, np.maximum(square - mean**2, 0.0), zeros
 
 

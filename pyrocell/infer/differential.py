@@ -26,6 +26,7 @@ __all__ = [
     "ScaleSampler",
     "compare_groups",
     "differential",
+    "joined_tables",
     "summarise_comparisons",
     "summarise_counts",
 ]
@@ -151,7 +152,7 @@ def _change(run: _Run, effect: Effect, delta: float | None) -> Columns:
     )
     found = effect_statistics(task)
     up, down = found.pop("up"), found.pop("down")
-    proba = np.maximum(up, down) if run.options.test == "three" else np.minimum(up + down, 1.0)
+    proba = _TESTS[run.options.test](up, down)
     shape = proba.shape
     return {
         "proba_de": proba,
@@ -171,6 +172,13 @@ def _change(run: _Run, effect: Effect, delta: float | None) -> Columns:
 
 
 _MODES: dict[str, Callable[[_Run, Effect, float | None], Columns]] = {"change": _change, "vanilla": _vanilla}
+
+
+_TESTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "three": np.maximum,
+    "two": lambda up, down: np.minimum(up + down, 1.0),
+    "one": lambda up, down: up,
+}
 
 
 def _scales(run: _Run) -> Columns:
@@ -229,7 +237,7 @@ def _hardly_observed(run: _Run, contrast: Contrast, raw: tuple[RawSummary, RawSu
     The unit comes from the cells compared: the quantity of all their features for all their counts.
     """
     quantity = sum(
-        side.n * run.summary.side_mean(pair).sum() for side, pair in zip(raw, contrast.sides(), strict=True)
+        (side.n * run.summary.side_mean(pair)).sum() for side, pair in zip(raw, contrast.sides(), strict=True)
     )
     counts = sum(float(side.total.sum()) for side in raw)
     return HARDLY_OBSERVED * float(quantity) / counts if counts > 0 else 0.0
@@ -253,6 +261,38 @@ def _table(run: _Run, columns: Columns, *, sort_by: str) -> pd.DataFrame:
     }
     frame |= {name: np.repeat(np.asarray(values), n_features) for name, values in _draw_counts(run).items()}
     return pd.DataFrame(frame, index=np.asarray(list(run.feature_names), dtype=object)[order.ravel()])
+
+
+def joined_tables(tables: Mapping[str, pd.DataFrame], fdr_target: float) -> pd.DataFrame:
+    """Put the tables of several kinds of features, of the same comparisons, into one.
+
+    Parameters
+    ----------
+    tables
+        Tables of :func:`differential`, by kind.
+    fdr_target
+        As in :func:`differential`; false calls are counted over the features of all kinds together.
+
+    Returns
+    -------
+    DataFrame
+        A single table as it is; several with the column ``modality``, the clearest features of each comparison first.
+    """
+    if len(tables) == 1:
+        return next(iter(tables.values()))
+    table = pd.concat([part.assign(modality=kind) for kind, part in tables.items()])
+    keys = [name for name in ("lfc_mean", "effect_mean") if name in table]
+    keys.append("proba_de" if "proba_de" in table else "bayes_factor")
+    strength = [table[key].abs().to_numpy() if key in keys[:-1] else table[key].to_numpy() for key in keys]
+    rank, _ = pd.factorize(table["comparison"])
+    table = table.iloc[np.lexsort(np.stack([*(-values for values in strength), rank]))]
+    if "proba_de" in table:
+        found = [
+            expected_fdr_calls(part.to_numpy(), fdr_target)
+            for _, part in table.groupby("comparison", sort=False)["proba_de"]
+        ]
+        table = table.assign(**{f"is_de_fdr_{fdr_target}": np.concatenate(found)})
+    return table
 
 
 def _repeat(values: list[str], times: int) -> np.ndarray:

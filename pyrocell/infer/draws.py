@@ -14,6 +14,7 @@ from pyro import poutine
 
 from pyrocell.errors import QueryError, list_some
 from pyrocell.infer.effects import Record, Site, is_latent, is_local, is_observed, run_until
+from pyrocell.infer.enumeration import draw_classes
 
 __all__ = ["DRAWS", "Drawer", "SiteDraws"]
 
@@ -45,6 +46,15 @@ class SiteDraws:
         """Draw anew from the site's distribution: a posterior predictive draw, shape as ``value``."""
         return self.fn.sample()
 
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Parameters of the distribution on their natural scale, or its mean and variance if it names none."""
+        fn = self.fn
+        while not hasattr(fn, "parameters_table") and hasattr(fn, "base_dist"):
+            fn = fn.base_dist  # what lies within a mask or an event
+        named = getattr(fn, "parameters_table", None)
+        return {"mean": self.fn.mean, "variance": self.fn.variance} if named is None else named
+
 
 class Drawer:
     """Draw sites of a model from the posterior that its guide describes.
@@ -55,12 +65,22 @@ class Drawer:
         Pyro programs of one argument, the cells.
     max_plate_nesting
         Plates nested in the model; the plate of draws lies outside them.
+    classes_of_model_alone
+        Whether the model sums over discrete sites that the guide does not draw: they are drawn given all else then.
     """
 
-    def __init__(self, model: Program, guide: Program, *, max_plate_nesting: int = 1) -> None:
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        *,
+        max_plate_nesting: int = 1,
+        classes_of_model_alone: bool = False,
+    ) -> None:
         self.model = model
         self.guide = guide
         self.dim = -1 - max_plate_nesting
+        self.classes_of_model_alone = classes_of_model_alone
 
     @torch.no_grad()
     def block(
@@ -99,6 +119,10 @@ class Drawer:
             If the model has no such site.
         """
         guide_trace = self.guide_trace(cells, n_samples)
+        if self.classes_of_model_alone:
+            with poutine.enum(first_available_dim=self.dim - 1):
+                everything = self.model_trace(cells, guide_trace, n_samples)
+            draw_classes(everything, guide_trace, n_plates=-self.dim)
         results = []
         for version in [cells] if counterfactuals is None else counterfactuals:
             with decoding():

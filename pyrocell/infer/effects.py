@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 __all__ = [
     "CELLS",
     "NO_WARMUP",
+    "AtMean",
     "Record",
     "Site",
     "Until",
@@ -22,6 +23,7 @@ __all__ = [
     "is_latent",
     "is_local",
     "is_observed",
+    "kl_weighted",
     "lazy_deterministic",
     "run_until",
 ]
@@ -31,6 +33,16 @@ Site = Any
 
 NO_WARMUP: Any = {"warmup": False}
 """``infer=NO_WARMUP`` on a site, in model and guide, keeps its KL weight at one throughout."""
+
+
+def kl_weighted(weight: float) -> Any:
+    """Return what to give a local latent as ``infer=``, in model and guide, for a KL term of this weight in the loss.
+
+    Bounds and likelihoods that are reported keep weight one, and so do posterior draws: a site under
+    ``poutine.scale`` would change them all.
+    """
+    return {"kl_weight": weight}
+
 
 CELLS = "cells"
 """Name of the plate of cells, the same in every model and guide."""
@@ -57,8 +69,8 @@ def enumerates(site: Site) -> bool:
 
 
 def warms_up(site: Site) -> bool:
-    """Whether KL warm-up applies: unobserved, local, not enumerated, and not opted out of."""
-    return is_latent(site) and is_local(site) and not enumerates(site) and site["infer"].get("warmup", True)
+    """Whether KL warm-up applies: unobserved, local, and not opted out of; an enumerated site must opt in."""
+    return bool(is_latent(site) and is_local(site) and site["infer"].get("warmup", not enumerates(site)))
 
 
 class Warmup(Messenger):
@@ -80,7 +92,15 @@ class Warmup(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if warms_up(msg):
             msg["infer"] = {**msg["infer"], "scale_before_warmup": msg["scale"]}
-            msg["scale"] = msg["scale"] * self.weight
+            msg["scale"] = msg["scale"] * (self.weight * msg["infer"].get("kl_weight", 1.0))
+
+
+class AtMean(Messenger):
+    """Put every latent of the guide that is not enumerated at its mean; to be put around guide and model."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_latent(msg) and msg["value"] is None and not enumerates(msg):
+            msg["value"] = msg["fn"].mean
 
 
 class Record(Messenger):

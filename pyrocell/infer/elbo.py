@@ -7,7 +7,7 @@ clipping thresholds and weight decay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,12 +16,12 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.kl import kl_divergence
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import TraceEnum_ELBO
 
 from pyrocell.errors import TrainingError, list_some
 from pyrocell.infer.effects import CELLS, Site, Warmup, enumerates, is_latent, is_local, is_observed
+from pyrocell.infer.enumeration import Enumeration, Kind, Term, classes_of_model_alone, log_prob
 
-__all__ = ["Elbo", "ElboTerms", "Population"]
+__all__ = ["Elbo", "ElboTerms", "ExtraTerms", "Population"]
 
 
 class Population(Protocol):
@@ -40,6 +40,7 @@ class Population(Protocol):
 
 
 Program = Callable[[Any], Any]
+ExtraTerms = Callable[[Any, Mapping[str, Site]], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -57,7 +58,9 @@ class ElboTerms:
     kl_global
         KL of all global latents divided by the number of cells, scalar.
     sites
-        Contribution of each site to the loss, to name the culprit of a non-finite one.
+        Contribution of each site and further term to the loss, to name the culprit of a non-finite one.
+    extra
+        Further terms of the loss that belong to no bound, such as a classifier's: scalars per cell.
     """
 
     loss: torch.Tensor
@@ -65,11 +68,24 @@ class ElboTerms:
     kl_local: torch.Tensor
     kl_global: torch.Tensor
     sites: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def elbo(self) -> torch.Tensor:
         """Negative bound per cell with weight 1: the quantity that history and early stopping use."""
         return self.reconstruction.mean() + self.kl_local.mean() + self.kl_global
+
+    def add(self, extra: dict[str, torch.Tensor]) -> None:
+        """Add further terms to the loss."""
+        self.extra |= extra
+        self.sites |= extra
+        self.loss = sum(extra.values(), self.loss)
+
+    def totals(self) -> torch.Tensor:
+        """Reconstruction, local and global KL, then the extra terms in their order, each summed over the cells."""
+        n_cells = len(self.reconstruction)
+        rest = [term.detach() * n_cells for term in (self.kl_global, *self.extra.values())]
+        return torch.stack([self.reconstruction.sum(), self.kl_local.sum(), *rest])
 
 
 class Elbo:
@@ -82,6 +98,9 @@ class Elbo:
         plate ``"cells"``.
     max_plate_nesting
         Number of nested plates; needed only where sites are enumerated.
+    extra_terms
+        Given the cells and the sites of the guide, returns named scalars to add to the loss, each an average over
+        the minibatch with its weight applied.
 
     Notes
     -----
@@ -89,17 +108,25 @@ class Elbo:
     ignores that the prior of a site may depend on latents that the guide draws after it (SCANVI's
     class-conditional prior, for one). Such sites use log q - log p at the draw. The test is on order:
     a site is safe when no latent comes before it in the model and after it in the guide.
-    Models with enumerated sites are handed to ``TraceEnum_ELBO``.
+
+    Discrete sites with ``infer={"enumerate": "parallel"}`` are summed over exactly, whether the guide draws them
+    or only the model has them; see `Enumeration`.
     """
 
-    def __init__(self, model: Program, guide: Program, *, max_plate_nesting: int = 1) -> None:
-        self.model = model
-        self.guide = guide
-        self._enumerating = TraceEnum_ELBO(
-            max_plate_nesting=max_plate_nesting, strict_enumeration_warning=False
-        )
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        *,
+        max_plate_nesting: int = 1,
+        extra_terms: ExtraTerms | None = None,
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.max_plate_nesting = max_plate_nesting
+        self.extra_terms = extra_terms
         self._analytic: dict[str, bool] | None = None
-        self._enumerates = False
+        self._enumerates = True  # until the pair was inspected
+        self.has_classes_of_model_alone = False
 
     def __call__(self, cells: Population, weight: float | torch.Tensor = 1.0) -> ElboTerms:
         """Evaluate the bound on a minibatch.
@@ -117,102 +144,123 @@ class Elbo:
             If model and guide do not have the same latents, or do not share their minibatch.
         """
         with Warmup(weight):
-            if self._enumerates:
-                return self._enumerated(cells)
-            guide_trace: Any = poutine.trace(self.guide).get_trace(cells)
-            model_trace: Any = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(cells)
-            if self._analytic is None and self._inspect(model_trace, guide_trace, cells):
-                return self._enumerated(cells)
-            return self._sum(model_trace, guide_trace, cells)
+            model_trace, guide_trace = self._traces(cells)
+        if self._analytic is None:
+            self._inspect(model_trace, guide_trace, cells)
+        terms = self._sum(model_trace, guide_trace, cells)
+        if self.extra_terms is not None:
+            sites = {name: site for name, site in guide_trace.nodes.items() if site["type"] == "sample"}
+            terms.add(self.extra_terms(cells, sites))
+        return terms
 
-    def _inspect(self, model_trace: Any, guide_trace: Any, cells: Population) -> bool:
-        """Check the pair once, note which latents may use an analytic KL, and say whether any are enumerated."""
+    def _traces(self, cells: Population) -> tuple[Any, Any]:
+        """Run guide and model; discrete sites take all their values at once, in dimensions left of the plates."""
+        model, guide = self.model, self.guide
+        if self._enumerates:
+            guide = poutine.enum(guide, first_available_dim=-1 - self.max_plate_nesting)
+            model = poutine.enum(model)
+        guide_trace: Any = poutine.trace(guide).get_trace(cells)
+        return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(cells), guide_trace
+
+    def _inspect(self, model_trace: Any, guide_trace: Any, cells: Population) -> None:
+        """Check the pair once, and note which latents may use an analytic KL and whether any are enumerated."""
         model_latents = [name for name, site in model_trace.nodes.items() if is_latent(site)]
         guide_latents = [
             name
             for name, site in guide_trace.nodes.items()
             if is_latent(site) and not site["infer"].get("is_auxiliary")
         ]
-        traces = (model_trace, guide_trace)
-        enumerated = {name for trace in traces for name, site in trace.nodes.items() if enumerates(site)}
-        _check_same_latents(set(model_latents) - enumerated, set(guide_latents) - enumerated)
+        enumerated = {name for name, site in model_trace.nodes.items() if enumerates(site)}
+        _check_same_latents(model_latents, guide_latents, enumerated)
         _check_same_cells(model_trace, guide_trace, cells)
         _check_reparameterised(guide_trace)
+        _check_enumerated(model_trace, enumerated)
         self._enumerates = bool(enumerated)
+        self.has_classes_of_model_alone = bool(classes_of_model_alone(model_trace, guide_trace))
         rank = {name: i for i, name in enumerate(guide_latents)}
+        last = len(rank)  # the guide never draws what the model alone sums over
         self._analytic = {
-            name: not any(rank.get(earlier, -1) > rank[name] for earlier in model_latents[:i])
+            name: not any(rank.get(earlier, last) > rank[name] for earlier in model_latents[:i])
             for i, name in enumerate(model_latents)
             if name in rank
         }
-        return self._enumerates
 
     def _sum(self, model_trace: Any, guide_trace: Any, cells: Population) -> ElboTerms:
-        per_cell = len(cells) / cells.n_total
+        n_cells, n_total = len(cells), cells.n_total
+        terms: Iterable[Term] = self._terms(model_trace, guide_trace, n_cells / n_total)
+        if self._enumerates:
+            terms = Enumeration(model_trace, guide_trace, self.max_plate_nesting).sum_out(terms)
         zero = torch.zeros((), device=_device_of(model_trace))
-        totals: dict[str, list[torch.Tensor]] = {"reconstruction": [], "kl_local": [], "kl_global": []}
+        totals = {"reconstruction": zero.expand(n_cells), "kl_local": zero.expand(n_cells), "kl_global": zero}
         sites = {}
+        for term in terms:
+            local = term.kind != "kl_global"
+            sites[term.name] = term.weighted.sum() / (n_cells if local else n_total)
+            plain = term.plain.detach()
+            totals[term.kind] = totals[term.kind] + (_per_cell(plain) if local else plain.sum() / n_total)
+        return ElboTerms(
+            loss=sum(sites.values(), zero),
+            reconstruction=totals["reconstruction"],
+            kl_local=totals["kl_local"],
+            kl_global=totals["kl_global"],
+            sites=sites,
+        )
+
+    def _terms(self, model_trace: Any, guide_trace: Any, share: float) -> Iterator[Term]:
+        """Yield the term of each site; ``share`` is the fraction of the population in the minibatch."""
         for name, site in model_trace.nodes.items():
             if is_observed(site):
-                term, scale = -_log_prob(site), site["scale"]
-                kind = "reconstruction" if is_local(site) else "kl_global"
-                unweighted = scale
-            elif is_latent(site):
+                kind: Kind = "reconstruction" if is_local(site) else "kl_global"
+                yield _term(kind, -log_prob(site), site, share)
+            elif is_latent(site) and name in guide_trace.nodes:
+                analytic = bool(self._analytic and self._analytic[name])
+                # Scales of both sides are equal: warm-up acts on both, and both lie in the same plate.
                 guide_site = guide_trace.nodes[name]
-                term, scale = _kl(
-                    site, guide_site, analytic=bool(self._analytic and self._analytic.get(name))
-                )
-                kind = "kl_local" if is_local(site) else "kl_global"
-                unweighted = guide_site["infer"].get("scale_before_warmup", scale)
-            else:
-                continue
-            sites[name] = (term * scale).sum() / cells.n_total
-            totals[kind].append(
-                term * (unweighted * per_cell) if is_local(site) else term.sum() / cells.n_total
-            )
+                yield _term(_kl_kind(site), _kl(site, guide_site, analytic=analytic), guide_site, share)
+            elif is_latent(site):  # enumerated
+                yield _term(_kl_kind(site), -log_prob(site), site, share)
         for name, site in guide_trace.nodes.items():
             # Auxiliary latents, whose term is log q alone, and penalties written with pyro.factor.
             if (is_latent(site) and name not in model_trace.nodes) or is_observed(site):
-                term, local = _log_prob(site), is_local(site)
-                plain = site["infer"].get("scale_before_warmup", site["scale"])
-                sites[name] = (term * site["scale"]).sum() / cells.n_total
-                kind = "kl_local" if local else "kl_global"
-                totals[kind].append(term * (plain * per_cell) if local else term.sum() / cells.n_total)
-        summed = {kind: sum((t.detach() for t in terms), zero) for kind, terms in totals.items()}
-        return ElboTerms(loss=sum(sites.values(), zero), sites=sites, **summed)
-
-    def _enumerated(self, cells: Population) -> ElboTerms:
-        with torch.enable_grad():  # Pyro's estimator refuses a loss without a gradient
-            loss = self._enumerating.differentiable_loss(self.model, self.guide, cells) / cells.n_total
-        whole, zero = loss.detach(), torch.zeros_like(loss.detach())
-        return ElboTerms(loss, whole.expand(len(cells)), zero.expand(len(cells)), zero, {"enumerated": loss})
+                yield _term(_kl_kind(site), log_prob(site), site, share)
 
 
-def _log_prob(site: Site) -> torch.Tensor:
-    """Log-probability of a site, masked, not scaled."""
-    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+def _kl_kind(site: Site) -> Kind:
+    return "kl_local" if is_local(site) else "kl_global"
 
 
-def _kl(site: Site, guide_site: Site, *, analytic: bool) -> tuple[torch.Tensor, Any]:
-    """KL of one latent, elementwise over its batch shape, and the scale that belongs to it."""
+def _term(kind: Kind, value: torch.Tensor, site: Site, share: float) -> Term:
+    """Weigh the values of a site, local ones such that their sum over the minibatch counts each cell once."""
+    share = share if is_local(site) else 1.0
+    weighted = value * (site["scale"] * share)
+    before = site["infer"].get("scale_before_warmup")
+    plain = weighted if before is None else value * (before * share)
+    return Term(site["name"], kind, weighted, plain)
+
+
+def _per_cell(values: torch.Tensor) -> torch.Tensor:
+    """Sum over everything but the cells, which lie in the last dimension."""
+    return values if values.dim() == 1 else values.reshape(-1, values.shape[-1]).sum(0)
+
+
+def _kl(site: Site, guide_site: Site, *, analytic: bool) -> torch.Tensor:
+    """KL of one latent, elementwise over its batch shape."""
     if analytic and not isinstance(guide_site["fn"], Delta):  # Pyro's KL of a Delta forgets its log_density
         try:
             kl = kl_divergence(guide_site["fn"], site["fn"])
-            kl = torch.as_tensor(kl).expand(guide_site["fn"].batch_shape)
-            return scale_and_mask(kl, mask=guide_site["mask"]), guide_site["scale"]
+            return scale_and_mask(kl.expand(guide_site["fn"].batch_shape), mask=guide_site["mask"])
         except NotImplementedError:  # no closed form registered for this pair
             pass
-    # Scales of both sides are equal: warm-up acts on both, and both lie in the same plate.
-    return _log_prob(guide_site) - _log_prob(site), guide_site["scale"]
+    return log_prob(guide_site) - log_prob(site)
 
 
-def _check_same_latents(model_latents: set[str], guide_latents: set[str]) -> None:
-    if missing := sorted(model_latents - guide_latents):
+def _check_same_latents(model_latents: list[str], guide_latents: list[str], enumerated: set[str]) -> None:
+    if missing := sorted(set(model_latents) - set(guide_latents) - enumerated):
         raise TrainingError(
             f"The model draws {list_some(missing)}, which the guide does not. Draw each in the guide under the same "
             "name, observe it in the model (obs=...), or drop the guide to get an automatic one."
         )
-    if extra := sorted(guide_latents - model_latents):
+    if extra := sorted(set(guide_latents) - set(model_latents)):
         raise TrainingError(
             f"The guide draws {list_some(extra)}, which the model does not. Remove it from the guide, or mark it "
             'infer={"is_auxiliary": True}.'
@@ -236,6 +284,14 @@ def _check_reparameterised(guide_trace: Any) -> None:
                 "gradient would reach it. Use a continuous distribution with rsample, or enumerate the site with "
                 'infer={"enumerate": "parallel"}.'
             )
+
+
+def _check_enumerated(model_trace: Any, enumerated: set[str]) -> None:
+    if outside := sorted(name for name in enumerated if not is_local(model_trace.nodes[name])):
+        raise TrainingError(
+            f"The sites {list_some(outside)} are enumerated outside the plate of cells, where a minibatch does not "
+            "tell the sum over all cells. Move them into the plate, or use continuous sites."
+        )
 
 
 def _device_of(trace: Any) -> torch.device:

@@ -28,7 +28,9 @@ class FiniteGuard:
         self._kept: list[torch.Tensor] = []
 
     def remember(self) -> None:
-        """Keep the running statistics as they are before the step: a forward pass changes them."""
+        """Forget the last gradients, and keep the running statistics: a forward pass changes them."""
+        for parameter in self.parameters:
+            parameter.grad = None
         self._kept = [b.clone() for b in self.buffers]
 
     def undo(self) -> None:
@@ -44,10 +46,12 @@ class FiniteGuard:
         loss
             The loss that the gradient is of.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        return bool(norm.isfinite() & loss.isfinite())
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if self.max_grad_norm is None:
+            total = torch.stack([loss, *(grad.sum() for grad in grads)]).sum()  # one number tells of them all
+        else:
+            total = loss + torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        return bool(total.isfinite())
 
     def culprit(self, terms: ElboTerms) -> str:
         """Name the sites, or else the parameters, that are not finite.

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 
 from pyrocell.infer.draws import Drawer
-from pyrocell.infer.effects import Site, is_latent, is_local, is_observed
+from pyrocell.infer.effects import is_latent, is_local, is_observed
+from pyrocell.infer.enumeration import log_prob
 
 __all__ = ["log_importance", "log_marginal"]
 
@@ -54,18 +54,15 @@ def _log_weights(drawer: Drawer, cells: Any, n_samples: int) -> torch.Tensor:
     """Return log p(x, h) - log q(h) of each draw and cell, shape ``(n_samples, B)``, local sites only."""
     guide_trace = drawer.guide_trace(cells, n_samples)
     model_trace = drawer.model_trace(cells, guide_trace, n_samples)
+    # A latent that only the model has was drawn from its prior, which is then proposal and target at once.
     log_p = [
-        _log_prob(site)
-        for site in model_trace.nodes.values()
-        if (is_latent(site) or is_observed(site)) and is_local(site)
+        log_prob(site)
+        for name, site in model_trace.nodes.items()
+        if is_local(site) and (is_observed(site) or (is_latent(site) and name in guide_trace.nodes))
     ]
-    log_q = [_log_prob(site) for site in guide_trace.nodes.values() if is_latent(site) and is_local(site)]
+    log_q = [log_prob(site) for site in guide_trace.nodes.values() if is_latent(site) and is_local(site)]
     ratio: Any = sum(log_p) - sum(log_q)
     return ratio.expand(n_samples, len(cells))
-
-
-def _log_prob(site: Site) -> torch.Tensor:
-    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
 
 
 @torch.no_grad()
@@ -106,8 +103,7 @@ def log_importance(
             log_target[chosen] = torch.logaddexp(log_target[chosen], log_joint.cpu())
     log_proposal = torch.full((n_draws,), -math.inf)
     for cells in population:
-        posteriors = drawer.guide_latents(cells)
-        log_q = sum(posteriors[name].log_prob(value[:, None]) for name, value in latents.items())
+        log_q = _log_guide(drawer, cells, latents)
         log_proposal = torch.logaddexp(log_proposal, log_q.logsumexp(1).cpu())
     return log_target - log_proposal
 
@@ -115,10 +111,23 @@ def log_importance(
 def _log_joint(drawer: Drawer, cells: Any, latents: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return log p(h) + log p(x | h) of one cell at every draw, decoded with that cell's own size and batch."""
     n_draws = len(next(iter(latents.values())))
-    values = {name: value[:, None] for name, value in latents.items()}
     guide_trace = drawer.guide_trace(cells, n_draws)
-    with poutine.condition(data=values):
+    with _at(latents):
         trace = drawer.model_trace(cells, guide_trace, n_draws)
-    sites = [s for s in trace.nodes.values() if (is_latent(s) or is_observed(s)) and is_local(s)]
-    total: Any = sum(_log_prob(site) for site in sites)
+    sites = [site for site in trace.nodes.values() if is_observed(site) and is_local(site)]
+    total: Any = sum(log_prob(site) for site in sites)
     return total.reshape(n_draws)
+
+
+def _log_guide(drawer: Drawer, cells: Any, latents: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return log q(h | x_m) of every draw h and cell m, shape (S, B); each latent given those drawn before it."""
+    n_draws = len(next(iter(latents.values())))
+    with _at(latents):
+        trace = drawer.guide_trace(cells, n_draws)
+    total: Any = sum(log_prob(trace.nodes[name]) for name in latents)
+    return total.expand(n_draws, len(cells))
+
+
+def _at(latents: Mapping[str, torch.Tensor]) -> Any:
+    """Hold latents at their draws, whatever the cell; they count as observed then."""
+    return poutine.condition(data={name: value[:, None] for name, value in latents.items()})

@@ -22,7 +22,8 @@ class RawSummary:
     Parameters
     ----------
     n
-        Number of cells.
+        Number of cells; where not all features were measured in all cells, that of each feature, shape
+        ``(n_features,)``.
     total
         Sum of the counts, shape ``(n_features,)``.
     non_zeros
@@ -31,7 +32,7 @@ class RawSummary:
         Sum of the counts scaled to 10,000 per cell, shape ``(n_features,)``.
     """
 
-    n: int
+    n: int | np.ndarray
     total: np.ndarray
     non_zeros: np.ndarray
     normalised_total: np.ndarray
@@ -60,17 +61,17 @@ class RawSummary:
     @property
     def mean(self) -> np.ndarray:
         """Mean count, shape ``(n_features,)``."""
-        return self.total / max(self.n, 1)
+        return self.total / np.maximum(self.n, 1)
 
     @property
     def non_zeros_proportion(self) -> np.ndarray:
         """Share of the cells with a count above zero, shape ``(n_features,)``."""
-        return self.non_zeros / max(self.n, 1)
+        return self.non_zeros / np.maximum(self.n, 1)
 
     @property
     def normalised_mean(self) -> np.ndarray:
         """Mean of the counts scaled to 10,000 per cell, shape ``(n_features,)``."""
-        return self.normalised_total / max(self.n, 1)
+        return self.normalised_total / np.maximum(self.n, 1)
 
 
 CountBlock = tuple[np.ndarray, object, "np.ndarray | None"]

@@ -66,7 +66,8 @@ class DifferentialOptions:
     pseudocount
         Added to both sides before the ratio, or None to learn it from the features that are hardly observed.
     test
-        ``"three"``: the probability of the likelier of up and down; ``"two"``: the probability of either.
+        ``"three"``: the probability of the likelier of up and down; ``"two"``: the probability of either; ``"one"``: of
+        up, that is, higher in the first group.
     weights
         ``"uniform"`` takes the draws as they are; ``"importance"`` corrects them for the error of the guide.
     truncate_weights
@@ -89,7 +90,7 @@ class DifferentialOptions:
     n_samples: int = 5000
     n_pairs: int = 10000
     pseudocount: float | None = None
-    test: Literal["three", "two"] = "three"
+    test: Literal["three", "two", "one"] = "three"
     weights: Literal["uniform", "importance"] = "uniform"
     truncate_weights: bool = False
     filter_outlier_cells: bool = False
@@ -104,7 +105,7 @@ class DifferentialOptions:
             ("n_samples", self.n_samples >= 2, "an integer of at least 2"),
             ("n_pairs", self.n_pairs >= 2, "an integer of at least 2"),
             ("pseudocount", _positive(self.pseudocount), "a positive number, or None to learn it"),
-            ("test", self.test in ("three", "two"), "'three' or 'two'"),
+            ("test", self.test in ("three", "two", "one"), "'three', 'two' or 'one'"),
             ("weights", self.weights in ("uniform", "importance"), "'uniform' or 'importance'"),
             ("credible_interval", mass is None or 0 < mass < 1, "a mass below 1, such as 0.95, or None"),
             ("batches1", self.batches1 is None or len(self.batches1) > 0, "a list of batches, or None"),

@@ -17,9 +17,9 @@ def default_max_epochs(n_cells: int, cap: int = 400) -> int:
     return max(1, min(cap, round(cap * 20_000 / n_cells)))
 
 
-def default_kl_warmup(max_epochs: int) -> int:
-    """Warm up over the first half of training, at most 400 epochs, so that it always ends."""
-    return min(400, math.ceil(max_epochs / 2))
+def default_kl_warmup(max_epochs: int, cap: int = 400) -> int:
+    """Warm up over the first half of training, at most ``cap`` epochs, so that it always ends."""
+    return min(cap, math.ceil(max_epochs / 2))
 
 
 def split_cells(

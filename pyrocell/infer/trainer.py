@@ -107,8 +107,9 @@ class Trainer:
             while self.progress.epoch < self.max_epochs and not self._stopped_early():
                 row = self._train_epoch(training)
                 if validation is not None and self._validates():
-                    row |= self._validate(validation)
-                    self._judge(row)
+                    seen, loss = self._validate(validation)
+                    row |= seen
+                    self._judge(row, loss)
                 self._finish_epoch(row)
                 bar.show(row)
         if self.early_stopping and self.best_state is not None:
@@ -124,7 +125,7 @@ class Trainer:
     def _train_epoch(self, training: Minibatches) -> dict[str, float]:
         self.module.train()
         begin, sums, n_cells, skipped = time.perf_counter(), torch.zeros(3, device=self.device), 0, 0
-        weight = kl_global = 0.0
+        weight, names = 0.0, ["reconstruction", "kl_local", "kl_global"]
         for cells in training(self.shuffle):
             weight = self.plan.kl_weight(self.progress.epoch, self.progress.step, self.n_epochs_kl_warmup)
             terms = self._step(cells, weight)
@@ -132,15 +133,14 @@ class Trainer:
             if terms is None:
                 skipped += 1
                 continue
+            sums = terms.totals() + (sums if n_cells else 0.0)
+            names = [*names[:3], *terms.extra]
             n_cells += len(cells)
-            sums += _sums(terms, len(cells))
-        reconstruction, kl_local, kl_global = (sums / max(n_cells, 1)).tolist()
+        means = (sums / max(n_cells, 1)).tolist()
         return {
             "epoch": self.progress.epoch,
-            "elbo_train": reconstruction + kl_local + kl_global,
-            "reconstruction_train": reconstruction,
-            "kl_local_train": kl_local,
-            "kl_global_train": kl_global,
+            "elbo_train": sum(means[:3]),
+            **{f"{name}_train": mean for name, mean in zip(names, means, strict=True)},
             "kl_weight": weight,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": time.perf_counter() - begin,
@@ -150,7 +150,6 @@ class Trainer:
     def _step(self, cells: Population, weight: float) -> ElboTerms | None:
         """Take one step; None when it was skipped because the loss or a gradient was not finite."""
         self.guard.remember()
-        self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             terms = self.elbo(cells, weight)
         if not terms.loss.requires_grad:
@@ -184,26 +183,28 @@ class Trainer:
         return last or (each is not None and (self.progress.epoch + 1) % each == 0)
 
     @torch.no_grad()
-    def _validate(self, validation: Minibatches) -> dict[str, float]:
+    def _validate(self, validation: Minibatches) -> tuple[dict[str, float], float]:
+        """Return the bound for the history, and the loss itself, as it weighs the KL after warm-up."""
         self.module.eval()
-        sums, n_cells = torch.zeros(3, device=self.device), 0
+        sums, n_cells = torch.zeros(4, device=self.device), 0
         # The same noise at each validation: epochs are comparable, and training does not feel that it happened.
         with seeded(self.stream.seed):
             for cells in validation(None):
                 n_cells += len(cells)
-                sums += _sums(self.elbo(cells), len(cells))
-        reconstruction, kl_local, kl_global = (sums / n_cells).tolist()
-        return {
+                terms = self.elbo(cells, self.plan.max_kl_weight)
+                sums += torch.cat([terms.totals(), terms.loss.reshape(1) * len(cells)])
+        reconstruction, kl_local, kl_global, loss = (sums / n_cells).tolist()
+        row = {
             "elbo_validation": reconstruction + kl_local + kl_global,
             "reconstruction_validation": reconstruction,
             "kl_local_validation": kl_local,
         }
+        return row, loss
 
-    def _judge(self, row: dict[str, float]) -> None:
+    def _judge(self, row: dict[str, float], value: float) -> None:
         """Update the best state and the learning rate, once warm-up is over."""
         if row["kl_weight"] < self.plan.max_kl_weight:
             return
-        value = row["elbo_validation"]
         if self.plan.lr_plateau:
             self.plateau.step(value)
         if value < self.progress.best - self.plan.min_delta:
@@ -244,7 +245,3 @@ class Trainer:
                 PyrocellWarning,
                 stacklevel=3,
             )
-
-
-def _sums(terms: ElboTerms, n_cells: int) -> torch.Tensor:
-    return torch.stack([terms.reconstruction.sum(), terms.kl_local.sum(), terms.kl_global * n_cells])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pyrocell.models.core import ModelCore
 
-__all__ = ["Question", "chosen_cells", "chosen_features", "is_latent_size"]
+__all__ = ["Question", "chosen_cells", "chosen_features", "is_latent_size", "measured_in"]
 
 # A block of draws of this many numbers stays in the processor's cache; larger ones are slower, not faster.
 _BLOCK_NUMBERS = 2**20
@@ -47,6 +47,8 @@ class Question:
         Fields to set in the model; lists are averaged over.
     features
         Names of the features wanted; None for all.
+    field
+        Field that the features belong to; by default the first one that the model observes.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Question:
         *,
         given: Mapping[str, Any] | None = None,
         features: Sequence[str] | None = None,
+        field: str | None = None,
         batch_size: int | None = None,
     ) -> None:
         model.require_trained()
@@ -67,12 +70,18 @@ class Question:
             raise QueryError("No cells were asked for; give at least one index.")
         if batch_size is not None and batch_size < 1:
             raise QueryError(f"batch_size is {batch_size}; expected at least 1, or None.")
-        names = model.data.names(model.feature_field)
+        self.circumstances = list(circumstances_of(model, given or {}))
+        self.batch_size = batch_size
+        self.over(field or model.feature_field, features)
+
+    def over(self, field: str, features: Sequence[str] | None = None) -> Question:
+        """Turn to the features of a field, or some of them by name; returns the question itself."""
+        names = self.model.data.names(field)
+        self.field = field
         self.features = None if features is None else chosen_features(features, names)
         self.feature_names = list(names) if features is None else list(features)
         self.n_features = len(names)
-        self.circumstances = list(circumstances_of(model, given or {}))
-        self.batch_size = batch_size
+        return self
 
     def about(self, rows: np.ndarray, given: Mapping[str, Any] | None = None) -> Question:
         """Return the same question about other cells, under other circumstances."""
@@ -119,20 +128,24 @@ class Question:
 
         Only the profile is known to be restricted as a whole; other sites may mix it with parameters of all features.
         """
-        layers = (isinstance(part, FeatureLinear) for part in self.model.module.modules())
-        return self.features is not None and self.model.expression_site in sites and any(layers)
+        over: dict[str | None, str] = {self.model.accessibility_site: self.model.accessibility_field}
+        over.update(self.model.expression_sites)
+        if self.features is None or self.field not in map(over.get, sites):
+            return False
+        parts = self.model.module.modules()
+        return any(isinstance(part, FeatureLinear) and part.field == self.field for part in parts)
 
     def _decoding(self, sites: Sequence[str]) -> Callable[[], AbstractContextManager[Any]]:
         only = self.features if self._restricts(sites) else None
-        return lambda: select_features(self.model.module, only)
+        return lambda: select_features(self.model.module, only, self.field)
 
-    def draws(self, site: str, n_samples: int) -> Iterator[SiteDraws]:
-        """Yield all draws of one site, a block of cells at a time, under the only circumstance."""
+    def draws(self, sites: Sequence[str], n_samples: int) -> Iterator[tuple[Cells, dict[str, SiteDraws]]]:
+        """Yield all joint draws of some sites, a block of cells at a time, under the only circumstance."""
         drawer = self.model.drawer()
         self.require_one_circumstance()
         for _, cells in self.blocks(self.block_size(n_samples)):
             versions = [self.circumstances[0](cells)]
-            yield drawer.block(cells, [site], n_samples=n_samples, counterfactuals=versions)[0][site]
+            yield cells, drawer.block(cells, sites, n_samples=n_samples, counterfactuals=versions)[0]
 
     def require_one_circumstance(self) -> None:
         """Refuse an average over circumstances where one value of each field is meant."""
@@ -263,6 +276,12 @@ def chosen_features(features: Sequence[str], names: Sequence[str]) -> list[int]:
         hint = f" Close: {list_some(close)}." if close else ""
         raise QueryError(f"The model has no features {list_some(missing)}; it has {len(names)}.{hint}")
     return [where[name] for name in features]
+
+
+def measured_in(cells: Cells, field: str) -> torch.Tensor | None:
+    """Return which values of a field were measured, bool (B, n_features), or None for all."""
+    mask: torch.Tensor | None = getattr(cells, f"{field}_mask", None)
+    return mask
 
 
 def is_latent_size(library_size: object) -> bool:

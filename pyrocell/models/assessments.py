@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from pyrocell.infer.criticism import PredictiveCheck, check_predictions
+from pyrocell.infer.criticism import PredictiveAccumulator, PredictiveCheck
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.elbo import ElboTerms
 from pyrocell.infer.likelihood import log_marginal
-from pyrocell.models.asking import Question
+from pyrocell.models.asking import Question, chosen_features, measured_in
 from pyrocell.models.queries import Indices, Names, Queries
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["Assessments"]
+
+Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class Assessments(Queries):
@@ -42,18 +45,23 @@ class Assessments(Queries):
         n_samples
             Number of draws.
         gene_list
-            Features wanted.
+            Features wanted, of whatever kind.
 
         Returns
         -------
         ndarray
-            Counts, shape ``(n_cells, n_features)``, or ``(n_samples, n_cells, n_features)`` for more than one draw.
+            Counts, shape ``(n_cells, n_features)``, or ``(n_samples, n_cells, n_features)`` for more than one draw. A
+            model with several observed sites gives their features side by side, named ``observed_names``.
         """
-        question = Question(self, adata, indices, features=gene_list, batch_size=batch_size)
+        question = Question(self, adata, indices, batch_size=batch_size)
+        names, sites = self.observed_names, list(self.observed_sites)
+        wanted = range(len(names)) if gene_list is None else chosen_features(gene_list, names)
+        result = np.zeros((n_samples, len(question.rows), len(wanted)), dtype=np.float32)
         with self.asking():
-            return question.array(
-                self.observed_site, lambda draws: draws.predict(), n_samples=n_samples, return_mean=False
-            )
+            for place, which, _, [trace] in question.traces(sites, n_samples):
+                drawn = torch.cat([trace[site].predict() for site in sites], dim=-1)
+                result[which, place] = drawn[..., list(wanted)].cpu().numpy()
+        return result[0] if n_samples == 1 else result
 
     def posterior_predictive_check(
         self,
@@ -75,14 +83,26 @@ class Assessments(Queries):
         Returns
         -------
         PredictiveCheck
-            Numbers by feature, a summary, and what `pyrocell.plotting.predictive_check` draws.
+            Numbers by feature, a summary, and what `pyrocell.plotting.predictive_check` draws. A model with several
+            observed sites has all features in it, and each kind by itself in ``parts``.
         """
         question = Question(self, adata, indices, batch_size=batch_size)
+        parts = {
+            field: PredictiveAccumulator(self.data.names(field)) for field in self.observed_sites.values()
+        }
+        whole = PredictiveAccumulator(self.observed_names)
         with self.asking():
-            blocks = (
-                (draws.value[0], draws.predict()) for draws in question.draws(self.observed_site, n_samples)
-            )
-            return check_predictions(blocks, feature_names=question.feature_names)
+            for cells, trace in question.draws(list(self.observed_sites), n_samples):
+                blocks = [
+                    (trace[site].value[0], trace[site].predict(), measured_in(cells, field))
+                    for site, field in self.observed_sites.items()
+                ]
+                for part, block in zip(parts.values(), blocks, strict=True):
+                    part.update(*block)
+                if len(parts) > 1:
+                    whole.update(*_side_by_side(blocks))
+        results = {field: part.result() for field, part in parts.items()}
+        return results[self.feature_field] if len(parts) == 1 else replace(whole.result(), parts=results)
 
     def get_likelihood_parameters(
         self,
@@ -108,11 +128,18 @@ class Assessments(Queries):
         -------
         dict of ndarray
             Each ``(n_cells, n_features)``: ``mean`` and, as the likelihood has them, ``theta`` (inverse dispersion) and
-            ``dropout`` (probability of a structural zero).
+            ``dropout`` (probability of a structural zero). Those of a second observed site have its field in front
+            (``proteins_mean``), and all its features.
         """
         question = Question(self, adata, indices, features=gene_list, batch_size=batch_size)
-        with self.asking():
-            return question.arrays(self.observed_site, _likelihood_parameters, n_samples=n_samples)
+        found: dict[str, np.ndarray] = {}
+        for site, field in self.observed_sites.items():
+            if found:
+                question.over(field)
+            with self.asking():
+                table = question.arrays(site, _likelihood_parameters, n_samples=n_samples)
+            found |= {f"{field}_{name}" if found else name: value for name, value in table.items()}
+        return found
 
     def get_elbo(
         self,
@@ -208,13 +235,22 @@ class Assessments(Queries):
             return np.concatenate([term(elbo(cells)).cpu().numpy() for _, cells in question.blocks()])
 
 
+def _side_by_side(blocks: list[Block]) -> Iterator[torch.Tensor]:
+    """Join observed values, draws, and what was measured, over the features of all sites."""
+    complete = [
+        (value, drawn, torch.ones_like(value, dtype=torch.bool) if measured is None else measured)
+        for value, drawn, measured in blocks
+    ]
+    return (torch.cat(tensors, dim=-1) for tensors in zip(*complete, strict=True))
+
+
 def _negative_elbo(terms: ElboTerms) -> torch.Tensor:
     return terms.reconstruction + terms.kl_local + terms.kl_global
 
 
 def _likelihood_parameters(draws: SiteDraws) -> dict[str, torch.Tensor]:
-    fn = draws.fn
-    table = getattr(fn, "parameters_table", None)  # count distributions name theirs
-    table = {"mean": fn.mean, "variance": fn.variance} if table is None else table
-    shape = fn.batch_shape + fn.event_shape
-    return {"dropout" if name == "zi_probs" else name: value.expand(shape) for name, value in table.items()}
+    shape = draws.fn.batch_shape + draws.fn.event_shape
+    return {
+        "dropout" if name == "zi_probs" else name: value.expand(shape)
+        for name, value in draws.parameters.items()
+    }

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 from pyrocell.models import saving
 from pyrocell.models.assessments import Assessments
 from pyrocell.models.comparisons import Comparisons
+from pyrocell.models.mapping import ReferenceMapping
+from pyrocell.models.packing import shortened
+from pyrocell.models.proteins import ProteinQueries
+from pyrocell.models.regions import Regions
 from pyrocell.models.roles import verbs
 from pyrocell.models.training import Training
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["CellModel"]
 
 
-class CellModel(Training, Assessments, Comparisons):
+class CellModel(Training, Assessments, Regions, ProteinQueries, Comparisons, ReferenceMapping):
     """Base of all models: a Pyro model and guide over cells, and everything that users do with them.
 
     A model is a subclass with data fields as class attributes, a constructor that assigns its parts, a method
@@ -40,6 +44,8 @@ class CellModel(Training, Assessments, Comparisons):
         One row an epoch; the ``elbo_*`` columns are losses in nats per cell: lower is better.
     constructor : dict
         Arguments that the model was made with.
+    mapping : dict or None
+        For a query mapped onto a reference: ``frozen``, ``new_categories``, ``absent_features``, ``fraction_absent``.
 
     Raises
     ------
@@ -50,7 +56,7 @@ class CellModel(Training, Assessments, Comparisons):
     """
 
     def save(self, folder: str | Path, *, overwrite: bool = False, save_anndata: bool = False) -> None:
-        """Write ``model.safetensors`` and ``model.json``, on request ``adata.h5ad``; no pickle.
+        """Write ``model.safetensors`` and ``model.json``, on request ``adata.h5ad`` or ``mdata.h5mu``; no pickle.
 
         Parameters
         ----------
@@ -90,6 +96,6 @@ class CellModel(Training, Assessments, Comparisons):
         return sorted(set(super().__dir__()) - absent)
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self.constructor.items())
+        options = ", ".join(f"{key}={shortened(value)}" for key, value in self.constructor.items())
         state = f"trained for {len(self.history)} epochs" if self.is_trained else "not trained"
         return f"{type(self).__name__}({options})\n{self.data}\n{state}, seed {self.stream.seed}"

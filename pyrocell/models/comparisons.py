@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,13 +12,12 @@ import pandas as pd
 from pyrocell.errors import QueryError, list_some
 from pyrocell.infer.abundance import abundance_scores, sample_log_densities
 from pyrocell.infer.comparison import Comparison, compare_groups
-from pyrocell.infer.differential import differential
-from pyrocell.infer.raw_summary import summarise_comparisons
+from pyrocell.infer.differential import differential, joined_tables
 from pyrocell.infer.scale_sampler import DifferentialOptions
 from pyrocell.models.asking import Question, chosen_cells
 from pyrocell.models.queries import Queries
 from pyrocell.models.roles import needs
-from pyrocell.models.sampling import PopulationSampler, count_blocks
+from pyrocell.models.sampling import PopulationSampler, raw_summaries
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -50,7 +50,8 @@ class Comparisons(Queries):
     ) -> pd.DataFrame:
         """Compare expression between groups of cells, gene by gene.
 
-        A positive log fold change means higher in ``group1``.
+        A positive log fold change means higher in ``group1``. A model with several kinds of features (genes and
+        proteins) compares all of them in one table, false calls counted over all.
 
         Parameters
         ----------
@@ -79,7 +80,8 @@ class Comparisons(Queries):
         Returns
         -------
         DataFrame
-            One row for each gene and comparison; the columns are defined in the guide "Differential expression".
+            One row for each gene and comparison; the columns are defined in the guide "Differential expression". With
+            several kinds of features, the column ``modality`` has the field of each: ``"counts"``, ``"proteins"``.
 
         Raises
         ------
@@ -87,27 +89,55 @@ class Comparisons(Queries):
             If a group does not exist or has no cells, or the cells to compare were given twice or not at all.
         """
         question = Question(self, adata, None)
-        comparisons = self._comparisons(question, groupby, (group1, group2), (idx1, idx2))
-        options = options or DifferentialOptions(seed=self.stream.seed)
+        return self._differential(
+            question,
+            self._comparisons(question, groupby, (group1, group2), (idx1, idx2)),
+            self.expression_sites,
+            mode=mode,
+            effect=self.expression_effect,
+            delta=delta,
+            batch_correction=batch_correction,
+            fdr_target=fdr_target,
+            options=options or DifferentialOptions(seed=self.stream.seed),
+        )
+
+    def _differential(
+        self,
+        question: Question,
+        comparisons: list[Comparison],
+        sites: Mapping[str, str],
+        *,
+        mode: Literal["change", "vanilla"],
+        effect: Literal["log2_ratio", "difference"],
+        delta: float | None,
+        batch_correction: bool,
+        fdr_target: float,
+        options: DifferentialOptions,
+    ) -> pd.DataFrame:
+        """Hand sites, each over the features of a field, to the differential engine."""
         if batch_correction and not self.data.has("batch"):
             raise QueryError(
                 "batch_correction=True, but the model knows no batches. Set up the data with batch_key= and train a "
                 "model with them, or leave batch_correction out."
             )
-        sampler = PopulationSampler(question, self, str(self.expression_site))
+        latent_means = self._latent_means(question) if options.filter_outlier_cells else None
         batches = [{"batch": name} for name in self.data.names("batch")] if batch_correction else None
-        return differential(
-            sampler,
-            comparisons,
-            mode=mode,
-            effect=self.expression_effect,
-            delta=delta,
-            batches=batches,
-            fdr_target=fdr_target,
-            raw=summarise_comparisons(count_blocks(question), comparisons),
-            latent_means=self._latent_means(question) if options.filter_outlier_cells else None,
-            options=options,
-        )
+        tables = {}
+        for site, field in sites.items():
+            fixed = self.pseudocounts.get(field)
+            tables[field] = differential(
+                PopulationSampler(question.over(field), self, site),
+                comparisons,
+                mode=mode,
+                effect=effect,
+                delta=delta,
+                batches=batches,
+                fdr_target=fdr_target,
+                raw=raw_summaries(question, comparisons),
+                latent_means=latent_means,
+                options=options if fixed is None else replace(options, pseudocount=fixed),
+            )
+        return joined_tables(tables, fdr_target)
 
     def _comparisons(
         self,
@@ -116,7 +146,7 @@ class Comparisons(Queries):
         groups: tuple[str | Sequence[str] | None, str | None],
         cells: tuple[CellSet, CellSet],
     ) -> list[Comparison]:
-        obs = question.dataset.adata.obs
+        obs = question.dataset.obs
         by_cells = any(given is not None for given in cells)
         by_groups = any(given is not None for given in (groupby, *groups))
         if by_cells == by_groups or (cells[0] is None and groupby is None):
@@ -179,7 +209,7 @@ class Comparisons(Queries):
             If the column or a sample does not exist.
         """
         question = Question(self, adata, indices, batch_size=batch_size)
-        obs = question.dataset.adata.obs
+        obs = question.dataset.obs
         if sample_key not in obs:
             raise QueryError(
                 f"sample_key={sample_key!r} is no column of adata.obs; it has {list_some(obs.columns, 20)}."

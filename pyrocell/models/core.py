@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,16 +16,19 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
-from pyrocell.data import Cells, Dataset, Schema, prototype_cells, read_setup
+from pyrocell.data import Cells, Dataset, Schema, prototype_cells, read_setup, setup_of
 from pyrocell.errors import DataError, NotTrainedError, QueryError, SetupError
 from pyrocell.infer.draws import Drawer
-from pyrocell.infer.effects import CELLS, is_latent, is_local
+from pyrocell.infer.effects import CELLS, Site, is_latent, is_local
 from pyrocell.infer.elbo import Elbo
+from pyrocell.infer.landmarks import Landmarks
+from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.streams import RandomStream
 from pyrocell.models.meta import ModelMeta
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
 __all__ = ["ModelCore"]
 
@@ -37,14 +40,41 @@ class ModelCore(metaclass=ModelMeta):
 
     fields: ClassVar[dict[str, Any]]
     setup_anndata: ClassVar[Callable[..., None]]
+    setup_mudata: ClassVar[Callable[..., None]]
     latent_site: ClassVar[str | None] = None
     expression_site: ClassVar[str | None] = None
+    accessibility_site: ClassVar[str | None] = None
+    """Site of the probability that a region is open, over the regions of `accessibility_field`."""
+    accessibility_field: ClassVar[str] = "accessibility"
+    protein_site: ClassVar[str | None] = None
+    """Site of the denoised proteins; with ``_total`` and ``_sampled`` behind its name, its variants."""
+    foreground_site: ClassVar[str | None] = None
+    background_site: ClassVar[str | None] = None
+    depth_site: ClassVar[str | None] = None
+    region_site: ClassVar[str | None] = None
+    expression_sites: ClassVar[dict[str, str]] = {}
+    """Sites of denoised values, each with the field whose features it is over; `expression_site` is the first."""
+    denoised_sites: ClassVar[dict[str, str]] = {}
+    """For a field, a site that draws its denoised values with their noise; by default a gamma of the likelihood."""
+    pseudocounts: ClassVar[dict[str, float]] = {}
+    """For a field, what is added to both sides of its fold changes; by default that is learned from the counts."""
+    observed_sites: ClassVar[dict[str, str]] = {"x": "counts"}
+    """Observed sites, each with the field that it is over."""
     observed_site: ClassVar[str] = "x"
+    """The first of the observed sites, and below its field."""
     feature_field: ClassVar[str] = "counts"
     library_site: ClassVar[str | None] = None
     max_plate_nesting: ClassVar[int] = 1
     full_batch: ClassVar[bool] = False
+    batch_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters, buffers and parts (beside those of `InjectedLinear`) that grow with the categories of a query."""
     max_epochs_cap: ClassVar[int] = 400
+    kl_warmup_cap: ClassVar[int] = 400
+    default_lr: ClassVar[float] = 1e-3
+    default_batch_size: ClassVar[int] = 128
+    default_train_size: ClassVar[float] = 0.9
+    default_early_stopping: ClassVar[bool] = False
+    default_plan: ClassVar[TrainingPlan] = TrainingPlan()
 
     data: Schema
     stream: RandomStream
@@ -54,16 +84,32 @@ class ModelCore(metaclass=ModelMeta):
     has_local_parameters: bool
     """Whether the guide has parameters of single cells, which only cells in the training data have."""
 
-    def __init__(self, adata: AnnData | None) -> None:
+    def __init_subclass__(cls) -> None:
+        """Let a class name one site of a kind, or several."""
+        super().__init_subclass__()
+        if "observed_sites" not in vars(cls) and {"observed_site", "feature_field"} & set(vars(cls)):
+            cls.observed_sites = {cls.observed_site: cls.feature_field}
+        cls.observed_site, cls.feature_field = next(iter(cls.observed_sites.items()))
+        if "expression_sites" in vars(cls):
+            cls.expression_site = next(iter(cls.expression_sites))
+        elif cls.expression_site not in cls.expression_sites:
+            cls.expression_sites = (
+                {} if cls.expression_site is None else {cls.expression_site: cls.feature_field}
+            )
+
+    def __init__(self, adata: AnnData | MuData | None) -> None:
         if adata is None and self.data is None:
             raise SetupError(
-                f"{type(self).__name__} needs an AnnData: {type(self).__name__}.setup_anndata(adata, ...), then "
-                f"{type(self).__name__}(adata)."
+                f"{type(self).__name__} needs an AnnData or MuData: {type(self).__name__}.setup_anndata(adata, ...), "
+                f"then {type(self).__name__}(adata)."
             )
         self.module = PyroModule()
         self.dataset: Dataset | None = None
         self.history = pd.DataFrame()
         self.is_trained = False
+        self.trainable: dict[str, torch.Tensor] | None = None  # of a query: the new entries of each parameter
+        self.mapping: dict[str, Any] | None = None
+        self.landmarks: Landmarks | None = None  # of the reference, where they are known
         self.train_indices = self.validation_indices = np.array([], dtype=np.int64)
         if adata is not None:
             known = self.data is not None
@@ -71,12 +117,16 @@ class ModelCore(metaclass=ModelMeta):
                 self.data = Schema.freeze(adata, self.fields, read_setup(adata, type(self).__name__))
             self.attach(adata, check=known)
 
-    def attach(self, adata: AnnData, *, check: bool = True) -> None:
+    def attach(self, adata: AnnData | MuData, *, check: bool = True) -> None:
         """Take data to work on, seen through the schema."""
-        dataset = Dataset(adata, self.data, self.fields, check=check)
+        dataset = self._seen_through_schema(adata, check=check)
         if hasattr(self, "has_local_parameters"):  # the model is complete
             self.require_same_cells(dataset)
         self.dataset, self._seen = dataset, self._fingerprint(dataset)
+
+    def _seen_through_schema(self, adata: AnnData | MuData, *, check: bool = True) -> Dataset:
+        setup = setup_of(adata, self.data.setup, self.fields, type(self).__name__)
+        return Dataset(adata, self.data, self.fields, check=check, setup=setup)
 
     def model(self, cells: Cells) -> None:
         """Describe how the cells came about: a Pyro model over ``self.plate(cells)``."""
@@ -101,18 +151,30 @@ class ModelCore(metaclass=ModelMeta):
         self.cell_names = list(names) if self.has_local_parameters else []
         self.module.eval()
         with pyro.validation_enabled(True), torch.no_grad():
-            self.elbo()(cells)
+            elbo = self.elbo()
+            elbo(cells)
+        self._classes_of_model_alone = elbo.has_classes_of_model_alone
 
     def elbo(self) -> Elbo:
         """Return the objective of this model."""
         return Elbo(
-            self._program(self.model), self._guide_program(), max_plate_nesting=self.max_plate_nesting
+            self._program(self.model),
+            self._guide_program(),
+            max_plate_nesting=self.max_plate_nesting,
+            extra_terms=self._extra_terms if hasattr(type(self), "extra_terms") else None,
         )
+
+    def _extra_terms(self, cells: Cells, guide: Mapping[str, Site]) -> dict[str, torch.Tensor]:
+        """Return what the model adds to the loss of a training step; validation tells the bound alone."""
+        return dict(self.extra_terms(cells, guide)) if self.module.training else {}
 
     def drawer(self) -> Drawer:
         """Return the source of posterior draws of this model."""
         return Drawer(
-            self._program(self.model), self._guide_program(), max_plate_nesting=self.max_plate_nesting
+            self._program(self.model),
+            self._guide_program(),
+            max_plate_nesting=self.max_plate_nesting,
+            classes_of_model_alone=self._classes_of_model_alone,
         )
 
     def _guide_program(self) -> Program:
@@ -136,14 +198,14 @@ class ModelCore(metaclass=ModelMeta):
         with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
             yield
 
-    def require_data(self, adata: AnnData | None) -> Dataset:
+    def require_data(self, adata: AnnData | MuData | None) -> Dataset:
         """Return the data to work on: those given, seen through the schema, or the model's own."""
         if isinstance(adata, str):
             raise QueryError(
                 f"adata is the text {adata!r}; expected an AnnData. Name the argument: groupby={adata!r}?"
             )
         if adata is not None and (self.dataset is None or adata is not self.dataset.adata):
-            other = Dataset(adata, self.data, self.fields)
+            other = self._seen_through_schema(adata)
             self.require_same_cells(other)
             return other
         if self.dataset is None:
@@ -160,8 +222,8 @@ class ModelCore(metaclass=ModelMeta):
         names = dataset.adata.obs_names
         known = len(names) == dataset.n_cells and names.equals(dataset.obs_names)
         first = dataset.cells(np.arange(min(64, dataset.n_cells)))
-        totals = getattr(first, self.feature_field).sum(-1).numpy()
-        return np.append(totals, known)
+        totals = [getattr(first, field).sum(-1).numpy() for field in self.observed_sites.values()]
+        return np.concatenate([*totals, [known]])
 
     def require_same_cells(self, other: Dataset) -> None:
         """Refuse other cells where the guide has parameters of single cells, matched by their place."""

@@ -62,9 +62,8 @@ def _place(model: ModelCore, name: str) -> tuple[str, int | None]:
             and name in (field, schema.setup.get(model.fields[field].argument))
         ):
             return field, None
-    settable = [
-        field for field, record in schema.fields.items() if record["given"] and field != model.feature_field
-    ]
+    measured = set(model.observed_sites.values())
+    settable = [field for field, record in schema.fields.items() if record["given"] and field not in measured]
     raise QueryError(
         f"The model was set up without a field {name!r}, so it cannot be given another value; it has "
         f"{list_some(settable, 20) or 'none'}. Set up the data with it (such as batch_key=) and train again."

@@ -6,7 +6,8 @@ import inspect
 from typing import Any
 
 from pyrocell import settings
-from pyrocell.data import Field, Schema, make_setup_anndata
+from pyrocell.data import Field, Schema, make_setup_anndata, make_setup_mudata
+from pyrocell.infer.memory import keep_freed_memory
 from pyrocell.infer.streams import RandomStream
 
 __all__ = ["ModelMeta"]
@@ -27,6 +28,7 @@ class ModelMeta(type):
         parameters = list(inspect.signature(construct).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(parameters)  # help() and editors show the model's own arguments
         cls.setup_anndata = staticmethod(make_setup_anndata(cls.fields, name))
+        cls.setup_mudata = staticmethod(make_setup_mudata(cls.fields, name))
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a model from data."""
@@ -45,6 +47,7 @@ class ModelMeta(type):
                 f"{cls.__name__}: {error}. It takes {', '.join(cls.__signature__.parameters)}."
             ) from None
         bound.apply_defaults()
+        keep_freed_memory()
         model: Any = cls.__new__(cls)  # type: ignore[call-overload]
         model.__dict__["constructor"] = dict(list(bound.arguments.items())[1:])
         model.__dict__["stream"] = RandomStream(seed)

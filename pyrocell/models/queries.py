@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 
 from pyrocell.errors import QueryError
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.streams import seeded
 from pyrocell.models.asking import Question, is_latent_size
 from pyrocell.models.core import ModelCore
+from pyrocell.models.denoised import correlation, denoised_rows, some_rows
 from pyrocell.models.given import as_list
 from pyrocell.models.roles import needs
 
@@ -91,11 +91,21 @@ class Queries(ModelCore):
         NotTrainedError, QueryError
             If the model is not trained; if a site, feature, category or cell does not exist.
         """
-        question = Question(self, adata, indices, given=given, features=features, batch_size=batch_size)
+        question = Question(self, adata, indices, given=given, batch_size=batch_size)
+        question.over(self._field_of(site, features), features)
         with self.asking(seed):
             return question.array(
                 site, lambda draws: draws.value, n_samples=n_samples, return_mean=return_mean
             )
+
+    def _field_of(self, site: str, features: Names) -> str:
+        """Return the field that a site is over, by its role or else by the names of the features wanted."""
+        known = {**self.expression_sites, **self.observed_sites}
+        if site not in known and features is not None:
+            for field in self.observed_sites.values():
+                if set(features) <= set(self.data.names(field)):
+                    return field
+        return known.get(site, self.feature_field)
 
     @needs("latent_site")
     def get_latent_representation(
@@ -204,6 +214,11 @@ class Queries(ModelCore):
         size: torch.Tensor = getattr(cells, self.fields[self.feature_field].library)
         return size
 
+    @property
+    def observed_names(self) -> list[str]:
+        """Names of the features of all observed sites, one site after the other."""
+        return [name for field in self.observed_sites.values() for name in self.data.names(field)]
+
     @needs("library_site")
     def get_latent_library_size(
         self, adata: AnnData | None = None, *, indices: Indices = None, batch_size: int | None = None
@@ -240,10 +255,11 @@ class Queries(ModelCore):
         correlation_type: Literal["spearman", "pearson"] = "spearman",
         batch_size: int | None = None,
     ) -> pd.DataFrame:
-        """Correlate genes over denoised cells, with the noise between cells that dispersion stands for.
+        """Correlate features over denoised cells, with the noise between cells that dispersion stands for.
 
         Each draw of a cell gives a gamma draw with mean ``rna_size_factor * rho`` and shape theta; draws of all cells
-        are the rows that are correlated. At most 10,000 rows, of cells chosen at random, so that memory is bounded.
+        are the rows that are correlated. At most 10,000 rows, of cells chosen at random, so that memory is bounded. A
+        model with several observed sites gives all features side by side, drawn from the same latents.
 
         Parameters
         ----------
@@ -261,40 +277,23 @@ class Queries(ModelCore):
         Returns
         -------
         DataFrame
-            Genes by genes.
+            Features by features.
         """
         if correlation_type not in ("spearman", "pearson"):
             raise QueryError(f"correlation_type is {correlation_type!r}; expected 'spearman' or 'pearson'.")
         targets = [transform_batch] if transform_batch is None else as_list("batch", transform_batch)
+        sites = [self.denoised_sites.get(field, site) for site, field in self.observed_sites.items()]
+        sizes = {site: rna_size_factor if site in self.observed_sites else None for site in sites}
         matrices = []
         for target in targets:
             given = None if target is None else {"batch": target}
             question = Question(self, adata, indices, given=given, batch_size=batch_size)
             with self.asking():
-                question.rows = _some_rows(question.rows, max(1, _MOST_ROWS // n_samples), self.stream.seed)
+                question.rows = some_rows(question.rows, max(1, _MOST_ROWS // n_samples), self.stream.seed)
                 rows = [
-                    _gamma_draws(draws, rna_size_factor)
-                    for draws in question.draws(self.observed_site, n_samples)
+                    np.concatenate([denoised_rows(trace[site], sizes[site]) for site in sites], axis=1)
+                    for _, trace in question.draws(sites, n_samples)
                 ]
-            matrices.append(_correlation(np.concatenate(rows), correlation_type))
-        names = question.feature_names
+            matrices.append(correlation(np.concatenate(rows), correlation_type))
+        names = self.observed_names
         return pd.DataFrame(np.mean(matrices, axis=0), index=names, columns=names)
-
-
-def _some_rows(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
-    return rows if len(rows) <= n else np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
-
-
-def _gamma_draws(draws: SiteDraws, size: float) -> np.ndarray:
-    """Draw denoised values from a gamma with the profile's mean and the likelihood's dispersion, as rows."""
-    parameters = draws.fn.parameters_table
-    mean = size * parameters["mean"] / parameters["mean"].sum(-1, keepdim=True)
-    if "theta" in parameters:
-        theta = parameters["theta"]
-        mean = torch.distributions.Gamma(theta, theta / mean.clamp_min(1e-30), validate_args=False).sample()
-    return mean.flatten(0, -2).cpu().numpy()
-
-
-def _correlation(rows: np.ndarray, kind: str) -> np.ndarray:
-    values = rankdata(rows, axis=0) if kind == "spearman" else rows
-    return np.atleast_2d(np.corrcoef(values, rowvar=False))

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["needs", "verbs"]
+__all__ = ["capabilities", "needs", "verbs"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Methods for authors of models and for the engine: no verbs.
+_PLUMBING = frozenset(
+    {
+        "asking",
+        "attach",
+        "drawer",
+        "elbo",
+        "extra_terms",
+        "finish",
+        "guide",
+        "model",
+        "plate",
+        "require_data",
+        "require_same_cells",
+        "require_trained",
+        "running",
+    }
+)
 
 if TYPE_CHECKING:
 
@@ -59,3 +78,40 @@ def verbs(model_class: type) -> dict[str, bool]:
             if hasattr(value, "roles") and hasattr(value, "missing"):
                 found[name] = not value.missing(model_class)
     return found
+
+
+def capabilities(models: Sequence[type]) -> dict[str, dict[str, bool]]:
+    """Say which model has which verb: every public method that any of them has, in the order of classes and files.
+
+    Parameters
+    ----------
+    models
+        Model classes.
+
+    Returns
+    -------
+    dict
+        For each verb, by name of the model, whether it has it: a verb that depends on a role as declared, any other
+        where a class defines it.
+    """
+    declared = {model: verbs(model) for model in models}
+    names = dict.fromkeys(name for model in models for name in [*_public_methods(model), *declared[model]])
+    return {
+        name: {model.__name__: declared[model].get(name, name in _public_methods(model)) for model in models}
+        for name in names
+    }
+
+
+def _public_methods(model_class: type) -> list[str]:
+    found: dict[str, None] = {}
+    for base in reversed(model_class.__mro__):
+        if base.__module__.startswith("pyrocell"):
+            found |= dict.fromkeys(name for name in vars(base) if _is_method(model_class, name))
+    return list(found)
+
+
+def _is_method(model_class: type, name: str) -> bool:
+    thing = getattr(model_class, name, None)
+    return (
+        callable(thing) and not isinstance(thing, type) and not name.startswith("_") and name not in _PLUMBING
+    )

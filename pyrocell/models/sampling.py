@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +12,16 @@ from scipy import sparse
 
 from pyrocell.data import Cells
 from pyrocell.distributions import NonZeros
+from pyrocell.infer.comparison import Comparison
 from pyrocell.infer.likelihood import log_importance, log_marginal
+from pyrocell.infer.raw_summary import RawSummary, summarise_comparisons
 from pyrocell.infer.scale_sampler import PopulationDraws
 from pyrocell.models.asking import Question
 
 if TYPE_CHECKING:
     from pyrocell.models.queries import Queries
 
-__all__ = ["PopulationSampler", "count_blocks"]
+__all__ = ["PopulationSampler", "raw_summaries"]
 
 _N_ANCHORS = 128
 _N_EVIDENCE_DRAWS = 100
@@ -84,12 +87,28 @@ class PopulationSampler:
         return log_importance(drawer, latents, anchors(), population)
 
 
-def count_blocks(question: Question) -> Iterator[tuple[np.ndarray, Any, np.ndarray]]:
-    """Yield rows, sparse counts and library sizes of the cells in blocks, for raw averages."""
+def raw_summaries(
+    question: Question, comparisons: Sequence[Comparison]
+) -> list[tuple[RawSummary, RawSummary]]:
+    """Sum the raw values of both sides of every comparison, over the cells in which each feature was measured."""
+    raw = summarise_comparisons(_blocks(question, question.field), comparisons)
+    mask = f"{question.field}_mask"
+    if mask not in next(question.blocks(1))[1].names():
+        return raw
+    measured = summarise_comparisons(_blocks(question, mask), comparisons)
+    return [
+        (replace(one, n=n_one.total), replace(two, n=n_two.total))
+        for (one, two), (n_one, n_two) in zip(raw, measured, strict=True)
+    ]
+
+
+def _blocks(question: Question, name: str) -> Iterator[tuple[np.ndarray, Any, np.ndarray | None]]:
+    """Yield rows, sparse values and library sizes (if these cells have one) of the cells in blocks."""
+    library = getattr(question.model.fields.get(name), "library", None)
     for _, cells in question.blocks():
-        measured = getattr(cells, question.model.feature_field)
-        library = getattr(cells, question.model.fields[question.model.feature_field].library)
-        seen = NonZeros.of(measured)
+        values = getattr(cells, name)
+        seen = NonZeros.of(values)
         columns = (seen.values.cpu().numpy(), (seen.rows.cpu().numpy(), seen.cols.cpu().numpy()))
-        counts = sparse.csr_matrix(columns, shape=(len(cells), measured.shape[1]))
-        yield cells.rows.cpu().numpy(), counts, library.squeeze(-1).cpu().numpy()
+        counts = sparse.csr_matrix(columns, shape=tuple(values.shape))
+        size = None if library is None else getattr(cells, library).squeeze(-1).cpu().numpy()
+        yield cells.rows.cpu().numpy(), counts, size

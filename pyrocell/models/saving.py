@@ -15,14 +15,20 @@ import torch
 from pyrocell import files
 from pyrocell.data import Schema
 from pyrocell.data.registration import complete_setup
+from pyrocell.data.slots import is_mudata
 from pyrocell.errors import LoadError
+from pyrocell.infer.freezing import freeze
+from pyrocell.infer.landmarks import Landmarks
+from pyrocell.models.novelty import find_landmarks
+from pyrocell.models.packing import pack, unpack
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from pyrocell.models.base import CellModel
 
-__all__ = ["load", "save", "versions"]
+__all__ = ["load", "read", "save", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -43,46 +49,60 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
         raise FileExistsError(
             f"{folder} holds a saved model already; choose another folder or give overwrite=True."
         )
+    arrays: dict[str, torch.Tensor] = {}
     record = {
         "kind": "model",
         "class": type(model).__name__,
-        "constructor": _plain(model.constructor),
+        "constructor": pack(model.constructor, arrays),
         "schema": model.data.to_json(),
         "seed": model.stream.seed,
         "is_trained": model.is_trained,
         "cell_names": model.cell_names,
         "history": _history_to_json(model.history),
-        "has_anndata": save_anndata,  # a file of a model before is not this one's
+        "mapping": model.mapping,
+        "data_file": _data_file(model) if save_anndata else "",  # that of a model before is not this one's
         "versions": versions(),
     }
     tensors = {f"module.{name}": t for name, t in model.module.state_dict().items()}
+    tensors |= {f"trainable.{name}": mask for name, mask in (model.trainable or {}).items()}
+    tensors |= arrays
+    if (landmarks := find_landmarks(model)) is not None:
+        tensors |= {f"landmarks.{name}": t for name, t in vars(landmarks).items()}
     tensors["stream"] = model.stream.state
     tensors["train_indices"] = torch.from_numpy(model.train_indices)
     tensors["validation_indices"] = torch.from_numpy(model.validation_indices)
     files.write_folder(folder, "model", tensors, record)
     if save_anndata:
-        model.require_data(None).adata.write_h5ad(folder / "adata.h5ad")
+        model.require_data(None).adata.write(folder / _data_file(model))
 
 
 def load(
-    model_class: type[CellModel], folder: str | Path, adata: AnnData | None, *, device: str | None
+    model_class: type[CellModel], folder: str | Path, adata: AnnData | MuData | None, *, device: str | None
 ) -> CellModel:
     """Read a model; see `CellModel.load`."""
+    folder = Path(folder)
+    model, record = read(model_class, folder)
+    if device is not None:
+        model.module.to(device)
+    if adata is None and record["data_file"]:
+        adata = _read_data(folder / record["data_file"])
+    if adata is not None:
+        model.attach(adata)
+    return model
+
+
+def read(model_class: type[CellModel], folder: str | Path) -> tuple[CellModel, dict[str, Any]]:
+    """Read a model without data, and the record beside its tensors."""
     folder = Path(folder)
     tensors, record = files.read_folder(folder, "model")
     _check_record(model_class, folder, record)
     try:
+        record["constructor"] = unpack(record["constructor"], tensors)
         model = _from_record(model_class, record)
         _fill(model, tensors, record)
     except LoadError as error:
         raise LoadError(f"{folder / 'model.json'}: {error}") from error
-    if device is not None:
-        model.module.to(device)
-    if adata is None and record.get("has_anndata", False):
-        adata = _read_anndata(folder / "adata.h5ad")
-    if adata is not None:
-        model.attach(adata)
-    return model
+    return model, record
 
 
 def _from_record(model_class: type[CellModel], record: dict[str, Any]) -> CellModel:
@@ -108,7 +128,7 @@ def _fill(model: CellModel, tensors: dict[str, torch.Tensor], record: dict[str, 
     own = ("stream", "train_indices", "validation_indices")
     if missing := [name for name in own if name not in tensors]:
         raise LoadError(f"The tensors {missing} are missing from model.safetensors; save the model again.")
-    state = {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
+    state = _with_prefix(tensors, "module.")
     try:
         model.module.load_state_dict(state)
     except RuntimeError as error:
@@ -117,18 +137,44 @@ def _fill(model: CellModel, tensors: dict[str, torch.Tensor], record: dict[str, 
     model.stream.state = tensors["stream"]
     model.train_indices, model.validation_indices = (tensors[name].numpy() for name in own[1:])
     model.is_trained, model.cell_names = record["is_trained"], record["cell_names"]
+    model.mapping = record.get("mapping")
+    if model.mapping is not None and model.mapping["frozen"]:
+        model.trainable = _with_prefix(tensors, "trainable.")
+        freeze(model.module, model.trainable)
+    if landmarks := _with_prefix(tensors, "landmarks."):
+        model.landmarks = Landmarks(**landmarks)
     try:
         model.history = _history_from_json(record["history"])
     except (TypeError, ValueError) as error:
         raise LoadError(f"The history is damaged: {error}.") from error
 
 
+def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
 def _read_anndata(path: Path) -> AnnData:
-    """Read the saved data."""
     from anndata import read_h5ad
 
+    return read_h5ad(path)
+
+
+def _read_mudata(path: Path) -> MuData:
+    import mudata
+
+    # As it was written: by default, mudata copies columns of the modalities while reading.
+    with mudata.set_options(pull_on_update=False):
+        return mudata.read_h5mu(path)
+
+
+def _data_file(model: CellModel) -> str:
+    return "mdata.h5mu" if is_mudata(model.require_data(None).adata) else "adata.h5ad"
+
+
+def _read_data(path: Path) -> AnnData | MuData:
+    """Read the saved data."""
     try:
-        return read_h5ad(path)
+        return _read_mudata(path) if path.suffix == ".h5mu" else _read_anndata(path)
     except Exception as error:  # h5py and anndata raise many kinds on damaged files
         raise LoadError(
             f"{path} cannot be read ({error}); copy the whole folder again, or give the data with adata=."
@@ -143,6 +189,7 @@ _RECORD = {
     "seed": int,
     "is_trained": bool,
     "history": dict,
+    "data_file": str,
 }
 
 
@@ -160,22 +207,6 @@ def _check_record(model_class: type[CellModel], folder: Path, record: dict[str, 
             f"{folder} holds a {record['class']}, not a {model_class.__name__}; load it with "
             f"{record['class']}.load({str(folder)!r})."
         )
-
-
-def _plain(value: Any) -> Any:
-    """Turn constructor arguments into JSON values, or say which one cannot be saved."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(
-        f"A constructor argument of type {type(value).__name__} cannot be saved; expected numbers, strings, None, or "
-        "lists and dicts of them."
-    )
 
 
 def _history_to_json(history: pd.DataFrame) -> dict[str, list[float | None]]:

@@ -110,6 +110,7 @@ class SCVI(CellModel):
     latent_site = "z"
     expression_site = "rho"
     library_site = "size"
+    batch_parameters = ("log_theta", "library_mean", "library_sd")
 
     def __init__(
         self,
@@ -173,7 +174,7 @@ class SCVI(CellModel):
             self.log_theta = nn.Parameter(torch.randn(*rows.get(dispersion, ()), n_genes))
 
     def _check_options(self) -> None:
-        options = self.constructor
+        options = {"latent_distribution": "normal"} | self.constructor  # not every heir offers that choice
         _check_choice("dispersion", options["dispersion"], Dispersion)
         _check_choice("gene_likelihood", options["gene_likelihood"], Likelihood)
         _check_choice("latent_distribution", options["latent_distribution"], Literal["normal", "ln"])
@@ -193,29 +194,35 @@ class SCVI(CellModel):
     def model(self, cells: Cells) -> None:
         """Generate counts from a latent."""
         with self.plate(cells):
-            z = self._latent(StandardNormal(self.encoder.n_latent))
-            out = self.decoder.heads(
-                z, cells.batch, cells.categorical_covariates, cells.continuous_covariates
-            )
-            lazy_deterministic("rho", lambda: self._rho(out), event_dim=1)
-            log_size = self._log_size(cells)
-            lazy_deterministic("size", lambda: self._size(cells, log_size), event_dim=1)
-            lazy_deterministic("mu", lambda: self._rho(out) * self._size(cells, log_size), event_dim=1)
-            pyro.sample("x", self._likelihood(cells, out, log_size).to_event(1), obs=cells.counts)
+            self._generate(cells, self._latent(StandardNormal(self.encoder.n_latent)))
 
     def guide(self, cells: Cells) -> None:
         """Infer the latent from log counts."""
+        with self.plate(cells):
+            self._infer(cells)
+
+    def _generate(self, cells: Cells, z: torch.Tensor) -> None:
+        """Draw counts given the latent."""
+        out = self.decoder.heads(z, cells.batch, cells.categorical_covariates, cells.continuous_covariates)
+        lazy_deterministic("rho", lambda: self._rho(out), event_dim=1)
+        log_size = self._log_size(cells)
+        lazy_deterministic("size", lambda: self._size(cells, log_size), event_dim=1)
+        lazy_deterministic("mu", lambda: self._rho(out) * self._size(cells, log_size), event_dim=1)
+        pyro.sample("x", self._likelihood(cells, out, log_size).to_event(1), obs=cells.counts)
+
+    def _infer(self, cells: Cells) -> torch.Tensor:
+        """Draw the latents of SCVI given counts; returns z."""
         seen = (
             (cells.batch, cells.categorical_covariates, cells.continuous_covariates)
             if self.encode_covariates
             else ()
         )
-        with self.plate(cells):
-            self._latent(self.encoder(cells.counts, *seen))
-            if self.latent_library:
-                departure = self.library_encoder(cells.counts, *seen).base_dist
-                library = Normal(departure.loc + cells.library.log(), departure.scale)
-                pyro.sample("library", library.to_event(1), infer=NO_WARMUP)
+        z = self._latent(self.encoder(cells.counts, *seen))
+        if self.latent_library:
+            departure = self.library_encoder(cells.counts, *seen).base_dist
+            library = Normal(departure.loc + cells.library.log(), departure.scale)
+            pyro.sample("library", library.to_event(1), infer=NO_WARMUP)
+        return z
 
     def _latent(self, distribution: TorchDistribution) -> torch.Tensor:
         """Draw z; the logistic-normal one is a softmax of the Gaussian site ``w``, whose KL is exact."""

@@ -15,6 +15,7 @@ from pyrocell import settings
 from pyrocell.data import Cells
 from pyrocell.errors import TrainingError, list_some
 from pyrocell.infer.checkpoint import read_checkpoint
+from pyrocell.infer.freezing import frozen_besides
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
 from pyrocell.infer.trainer import Trainer
@@ -30,12 +31,12 @@ class Training(ModelCore):
         self,
         max_epochs: int | None = None,
         *,
-        lr: float = 1e-3,
-        batch_size: int = 128,
-        train_size: float = 0.9,
+        lr: float | None = None,
+        batch_size: int | None = None,
+        train_size: float | None = None,
         validation_size: float | None = None,
         n_epochs_kl_warmup: int | None = None,
-        early_stopping: bool = False,
+        early_stopping: bool | None = None,
         device: str | None = None,
         resume: str | Path | None = None,
         plan: TrainingPlan | None = None,
@@ -47,39 +48,46 @@ class Training(ModelCore):
         Parameters
         ----------
         max_epochs
-            Passes over the training cells; by default 400 for up to 20,000 cells, and fewer in proportion for more.
+            Passes over the training cells; by default the class's ``max_epochs_cap`` (400 unless its page says
+            otherwise) for up to 20,000 cells, and fewer in proportion for more.
         lr
-            Learning rate.
+            Learning rate; by default the class's ``default_lr`` (1e-3 unless its page says otherwise).
         batch_size
-            Cells in a minibatch.
+            Cells in a minibatch; by default the class's ``default_batch_size`` (128).
         train_size, validation_size
-            Fractions of the cells to train on and to validate on (default: the rest).
+            Fractions of the cells to train on and to validate on; by default the class's ``default_train_size`` (0.9
+            unless its page says otherwise), and the rest.
         n_epochs_kl_warmup
-            Epochs over which the KL weight grows; by default half of ``max_epochs``, at most 400, so that it ends.
+            Epochs over which the KL weight grows; by default half of ``max_epochs``, so that it ends, and at most the
+            class's ``kl_warmup_cap`` (400).
         early_stopping
-            Stop when the validation ELBO no longer improves, and restore the best weights.
+            Stop when the validation ELBO no longer improves, and restore the best weights. By default the class's
+            ``default_early_stopping`` (False), where there are validation cells.
         device
             Such as ``"cpu"`` or ``"cuda:0"``; by default ``pyrocell.settings.device`` or the best one present.
         resume
             Folder of a checkpoint (see ``TrainingPlan.checkpoint``) to go on from, exactly.
         plan
-            Everything else.
+            Everything else; by default the class's ``default_plan``. To change one option of it, give
+            ``dataclasses.replace(model.default_plan, ...)``.
 
         Raises
         ------
         TrainingError
             If the options are impossible, or after repeated non-finite steps.
         """
-        plan = plan or TrainingPlan()
+        plan = self.default_plan if plan is None else plan
+        lr = self.default_lr if lr is None else lr
         dataset = self.require_data(None)
         training, validation = self._split(plan, train_size, validation_size)
         n_train = len(training)
         max_epochs = default_max_epochs(n_train, self.max_epochs_cap) if max_epochs is None else max_epochs
+        batch_size = self.default_batch_size if batch_size is None else batch_size
         batch_size = n_train if self.full_batch else batch_size
         _check_numbers(max_epochs, batch_size, lr, n_epochs_kl_warmup)
-        if early_stopping and len(validation) == 0:
-            raise TrainingError("early_stopping needs validation cells; set train_size below 1.")
-        warmup = default_kl_warmup(max_epochs) if n_epochs_kl_warmup is None else n_epochs_kl_warmup
+        early_stopping = self._stops_early(asked=early_stopping, n_validation=len(validation))
+        warmup = n_epochs_kl_warmup
+        warmup = default_kl_warmup(max_epochs, self.kl_warmup_cap) if warmup is None else warmup
         where = _device(device)
         self.train_indices, self.validation_indices = training, validation  # a refused call changes nothing
         self.module.to(where)
@@ -105,22 +113,35 @@ class Training(ModelCore):
                 early_stopping=early_stopping,
             )
             cells = self._split_fingerprint()
-            trainer.options |= {"batch_size": batch_size, "cells": cells, "seed": self.stream.seed}
+            trainer.options |= {"batch_size": batch_size, "seed": self.stream.seed, "cells": cells}
             trainer.progress.epochs_before = len(self.history)
             if resume is not None:
                 read_checkpoint(trainer, resume)
                 self.history = self.history.iloc[: trainer.progress.epochs_before]
             try:
-                trainer.fit(minibatches(training), minibatches(validation) if len(validation) else None)
+                with frozen_besides(self.module, trainer.optimizer, self.trainable):
+                    trainer.fit(minibatches(training), minibatches(validation) if len(validation) else None)
             finally:
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
 
+    def _stops_early(self, *, asked: bool | None, n_validation: int) -> bool:
+        """Return whether to stop early: as asked, or as the class does where there are cells to judge by."""
+        if asked and n_validation == 0:
+            raise TrainingError("early_stopping needs validation cells; set train_size below 1.")
+        return self.default_early_stopping and n_validation > 0 if asked is None else asked
+
     def _split(
-        self, plan: TrainingPlan, train_size: float, validation_size: float | None
+        self, plan: TrainingPlan, train_size: float | None, validation_size: float | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choose the rows to train on and to validate on."""
+        if self.trainable is not None and not self.trainable:
+            raise TrainingError(
+                "The query has no category that the reference lacks, so there is nothing to learn: the model answers "
+                "as it is. To train the parameters of the reference too, map with frozen=False."
+            )
         n_cells = self.require_data(None).n_cells
+        train_size = self.default_train_size if train_size is None else train_size
         nobody = np.array([], dtype=np.int64)
         if self.has_local_parameters:  # a cell that was not trained on would have an untrained posterior
             return np.arange(n_cells), nobody
@@ -148,6 +169,8 @@ class Training(ModelCore):
             history.index += len(self.history)
             self.history = pd.concat([self.history, history]) if len(self.history) else history
             self.is_trained = True
+            if self.trainable is None:  # the latents move
+                self.landmarks = None
 
 
 def _check_numbers(max_epochs: float, batch_size: float, lr: float, warmup: float | None) -> None:

@@ -7,25 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pyro.poutine.messenger import Messenger
 
 from pyrocell.errors import QueryError
-from pyrocell.infer.effects import is_latent
+from pyrocell.infer.effects import AtMean
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from pyrocell.models.base import CellModel
 
-__all__ = ["AtMean", "answers", "assert_same", "has_gaussian_posterior", "loss_at_mean", "state_of"]
-
-
-class AtMean(Messenger):
-    """Replace every draw of the guide by its mean, so that losses can be compared to the last digit."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if is_latent(msg) and msg["value"] is None and not msg["infer"].get("enumerate"):
-            msg["value"] = msg["fn"].mean
+__all__ = ["answers", "assert_same", "has_gaussian_posterior", "loss_at_mean", "state_of"]
 
 
 def loss_at_mean(model: CellModel, rows: np.ndarray) -> torch.Tensor:
@@ -44,6 +35,15 @@ def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None)
         "get_latent_representation": {},
         "get_normalized_expression": {"n_samples": 2, "return_numpy": True},
         "get_latent_library_size": {},
+        "get_normalized_accessibility": {
+            "normalize_cells": True,
+            "normalize_regions": True,
+            "return_numpy": True,
+        },
+        "get_library_size_factors": {},
+        "get_protein_expression": {"sample_protein_mixing": True, "return_mean": False, "n_samples": 2},
+        "get_protein_foreground_probability": {},
+        "get_protein_background_mean": {},
         "posterior_predictive_sample": {},
         "get_elbo": {"return_mean": False},
         "get_reconstruction_error": {"return_mean": False},
@@ -51,7 +51,9 @@ def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None)
     }
     for verb, options in per_cell.items():
         if hasattr(model, verb):
-            found[verb] = np.asarray(getattr(model, verb)(adata, indices=indices, **options))
+            answer = getattr(model, verb)(adata, indices=indices, **options)
+            several = answer if isinstance(answer, tuple) else (answer,)  # such as RNA and proteins
+            found |= {f"{verb}/{i}" if i else verb: np.asarray(part) for i, part in enumerate(several)}
     for name, value in model.get_likelihood_parameters(adata, indices=indices).items():
         found[f"get_likelihood_parameters/{name}"] = value
     return found

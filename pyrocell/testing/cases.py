@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pyrocell import settings
+from pyrocell.data.slots import is_mudata
 from pyrocell.infer.plan import TrainingPlan
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from mudata import MuData
 
     from pyrocell.models.base import CellModel
 
@@ -27,9 +29,9 @@ class ModelCase:
     model_class
         The model.
     make_data
-        Makes the same small AnnData at each call (100 to 500 cells are plenty).
+        Makes the same small AnnData, or MuData, at each call (100 to 500 cells are plenty).
     setup
-        Arguments of ``setup_anndata``.
+        Arguments of ``setup_anndata``, or of ``setup_mudata``.
     options
         Arguments of the constructor.
     sites
@@ -39,19 +41,20 @@ class ModelCase:
     """
 
     model_class: type[CellModel]
-    make_data: Callable[[], AnnData]
+    make_data: Callable[[], AnnData | MuData]
     setup: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     sites: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     max_epochs: int = 3
 
-    def data(self) -> AnnData:
+    def data(self) -> Any:
         """Return fresh data, set up."""
-        adata = self.make_data()
-        self.model_class.setup_anndata(adata, **self.setup)
-        return adata
+        data = self.make_data()
+        setup = self.model_class.setup_mudata if is_mudata(data) else self.model_class.setup_anndata
+        setup(data, **self.setup)
+        return data
 
-    def make(self, adata: AnnData | None = None, seed: int = 0) -> CellModel:
+    def make(self, adata: AnnData | MuData | None = None, seed: int = 0) -> CellModel:
         """Make a model with a given seed."""
         before, settings.seed = settings.seed, seed
         try:

@@ -153,7 +153,7 @@ def test_simulated_counts_have_the_moments_of_the_truth(simulated):
 
 
 def test_importing_the_data_floor_is_light():
-    heavy = ("anndata", "scanpy", "matplotlib", "h5py")
+    heavy = ("anndata", "mudata", "scanpy", "matplotlib", "h5py")
     code = f"import sys, pyrocell.data; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -100,6 +100,13 @@ def test_two_sided_test_adds_both_tails():
     np.testing.assert_allclose(table["proba_de"], beta_tail(0.25) + 1.0 - beta_tail(-0.25), atol=0.02)
 
 
+def test_one_sided_test_takes_the_upper_tail():
+    sampler, comparison = two_groups(SHAPES1, RATES1, SHAPES2, RATES2)
+    options = DifferentialOptions(pseudocount=1e-6, test="one")
+    table = differential(sampler, [comparison], options=options).loc[sampler.feature_names]
+    np.testing.assert_allclose(table["proba_de"], beta_tail(0.25), atol=0.02)
+
+
 def test_fold_changes_are_those_of_gamma_posteriors(gamma_table):
     shape1, rate1, shape2, rate2 = map(np.array, (SHAPES1, RATES1, SHAPES2, RATES2))
     mean = (special.digamma(shape1) - np.log(rate1) - special.digamma(shape2) + np.log(rate2)) / np.log(2)
@@ -744,7 +751,7 @@ def test_choices_are_checked(keywords, message):
         {"n_samples": 1},
         {"n_pairs": 0},
         {"pseudocount": 0.0},
-        {"test": "one"},
+        {"test": "four"},
         {"weights": "none"},
         {"credible_interval": 95},
         {"batches1": []},

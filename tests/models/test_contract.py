@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import anndata
+import numpy as np
 import pytest
+from scipy import sparse
 
 import pyrocell
 from pyrocell.data import synthetic_iid
+from pyrocell.models.labels import ClassifierOptions
 from pyrocell.testing import CHECKS, ModelCase, check_model, run_check
 from tests.models.zoo import BatchVAE, NoLatent, PoissonFactors
 
@@ -16,8 +20,49 @@ def small_data():
     return synthetic_iid(n_cells=160, n_genes=N_GENES, label_effect=0.5, seed=0)
 
 
+def masked_proteins():
+    """Twelve proteins, four of which batch_1 lacks."""
+    adata = synthetic_iid(n_cells=160, n_genes=N_GENES, label_effect=0.5, n_proteins=12, seed=0)
+    mask = np.ones(adata.obsm["protein_expression"].shape, dtype=bool)
+    mask[np.asarray(adata.obs["batch"] == "batch_1"), :4] = False
+    adata.obsm["mask"] = mask
+    return adata
+
+
+def small_regions():
+    """Regions of three cell types: of fragments, 0 to 3 in a cell."""
+    generator = np.random.default_rng(0)
+    chance = generator.beta(1, 4, (3, N_GENES))
+    fragments = generator.poisson(
+        2 * chance[generator.integers(3, size=160)] * generator.beta(5, 2, (160, 1))
+    )
+    fragments[:, 0] = 1
+    adata = anndata.AnnData(sparse.csr_matrix(fragments.astype(np.float32)))
+    adata.var_names = [f"chr1:{1000 * j}-{1000 * j + 500}" for j in range(N_GENES)]
+    adata.obs = small_data().obs.set_axis(adata.obs_names.astype(str))
+    return adata
+
+
+def partly_labelled():
+    """Two of three cells without a label."""
+    adata = small_data()
+    adata.obs["type"] = np.where(np.arange(160) % 3 == 0, adata.obs["label"].astype(str), "Unknown")
+    return adata
+
+
 SMALL = {"n_hidden": 16, "n_latent": 4}
+LABELS = {"labels_key": "type", "unlabeled_category": "Unknown"}
 SITES = {"z": (4,), "rho": (N_GENES,), "mu": (N_GENES,), "size": (1,), "x": (N_GENES,)}
+LABEL_SITES = SITES | {"u": (4,), "y": (), "label": ()}
+PROTEINS = {
+    "protein_expression_obsm_key": "protein_expression",
+    "protein_names_uns_key": "protein_names",
+    "protein_mask_obsm_key": "mask",
+}
+PROTEIN_SITES = dict.fromkeys(
+    ["log_beta", "background", "foreground_probability", "protein", "protein_total_sampled", "y"], (12,)
+)
+SITES_OF_REGIONS = {"z": (4,), "accessibility": (N_GENES,), "depth": (1,), "x": (N_GENES,)}
 COVARIATES = {
     "batch_key": "batch",
     "categorical_covariate_keys": ["donor"],
@@ -57,6 +102,50 @@ CASES = {
         SITES,
     ),
     "SCVI-normal": ModelCase(pyrocell.SCVI, small_data, {}, SMALL | {"gene_likelihood": "normal"}, SITES),
+    "TOTALVI": ModelCase(
+        pyrocell.TOTALVI,
+        masked_proteins,
+        {"batch_key": "batch"} | PROTEINS,
+        SMALL | {"empirical_protein_background_prior": False},
+        SITES | PROTEIN_SITES,
+    ),
+    "TOTALVI-zinb-covariates": ModelCase(
+        pyrocell.TOTALVI,
+        masked_proteins,
+        COVARIATES
+        | PROTEINS
+        | {"panel_key": "label", "labels_key": "label", "size_factor_key": "size_factor"},
+        SMALL
+        | {"gene_likelihood": "zinb", "gene_dispersion": "gene-batch", "protein_dispersion": "protein-label"}
+        | {"adversarial": False, "empirical_protein_background_prior": False},
+        SITES | PROTEIN_SITES,
+    ),
+    "PEAKVI": ModelCase(pyrocell.PEAKVI, small_regions, {"batch_key": "batch"}, SMALL, SITES_OF_REGIONS),
+    "PEAKVI-logistic-normal": ModelCase(
+        pyrocell.PEAKVI,
+        small_regions,
+        COVARIATES,
+        SMALL
+        | {"latent_distribution": "ln", "encode_covariates": True, "model_depth": False}
+        | {"region_factors": False, "kl_weight": 0.1},
+        SITES_OF_REGIONS | {"w": (4,)},
+    ),
+    "SCANVI": ModelCase(
+        pyrocell.SCANVI, partly_labelled, LABELS | {"batch_key": "batch"}, SMALL, LABEL_SITES
+    ),
+    "SCANVI-gene-label-balanced": ModelCase(
+        pyrocell.SCANVI,
+        partly_labelled,
+        LABELS | COVARIATES,
+        SMALL
+        | {
+            "dispersion": "gene-label",
+            "gene_likelihood": "nb",
+            "use_observed_lib_size": False,
+            "classifier": ClassifierOptions(class_weights="balanced", n_layers=0, encoder_gradient=1.0),
+        },
+        LABEL_SITES | {"library": (1,)},
+    ),
     "BatchVAE": ModelCase(
         BatchVAE, small_data, {"batch_key": "batch"}, SMALL, {"z": (4,), "rho": (N_GENES,)}
     ),

@@ -67,6 +67,48 @@ class Interrupting(torch.optim.Adam):
         return super().step(closure)
 
 
+# ------------------------------------------------------------------------------------- defaults of a class
+
+
+class Brisk(SCVI):
+    """A model that likes to be trained otherwise."""
+
+    default_lr, default_batch_size, default_early_stopping = 5e-3, 32, True
+    default_plan = TrainingPlan(optimizer="adamw", weight_decay=0.1, patience=2)
+    max_epochs_cap, kl_warmup_cap = 9, 3
+
+
+def make_brisk():
+    adata = data()
+    Brisk.setup_anndata(adata, batch_key="batch")
+    return Brisk(adata, **OPTIONS)
+
+
+def test_a_class_has_its_own_training_defaults(tmp_path):
+    plan = TrainingPlan(optimizer="adamw", weight_decay=0.1, patience=2, checkpoint=tmp_path)
+    given = {"lr": 5e-3, "batch_size": 32, "early_stopping": True, "n_epochs_kl_warmup": 3}
+    told, silent, plain = make_brisk(), make_brisk(), make_brisk()
+    told.train(9, plan=plan, **given)
+    silent.train()
+    plain.train(9, plan=TrainingPlan(), lr=1e-3, batch_size=128, early_stopping=False, n_epochs_kl_warmup=5)
+    assert same(state(told), state(silent))
+    assert not same(state(told), state(plain))
+    assert silent.history["lr"].eq(5e-3).all() and "elbo_validation" in silent.history
+    resumed = make_brisk()
+    resumed.train(9, resume=tmp_path)  # the same options, one run told and one by default
+    assert same(state(resumed), state(told))
+    with pytest.raises(LoadError, match=r"lr.*0\.005"):
+        make_brisk().train(9, lr=1e-3, resume=tmp_path)
+
+
+def test_early_stopping_by_default_needs_no_validation_cells():
+    model = make_brisk()
+    model.train(4, train_size=1.0)
+    assert len(model.history) == 4
+    with pytest.raises(TrainingError, match="early_stopping needs validation cells"):
+        model.train(4, train_size=1.0, early_stopping=True)
+
+
 # ------------------------------------------------------------------------------------------------ resume
 
 RUN = {"lr": 5e-3, "batch_size": 32, "n_epochs_kl_warmup": 3, "early_stopping": True, "train_size": 0.8}
