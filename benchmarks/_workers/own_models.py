@@ -1,0 +1,43 @@
+"""The pyrocell side of ``models.py``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import anndata
+from common import RESULT
+
+import pyrocell
+
+
+def _set_up(name: str, adata: anndata.AnnData) -> Any:
+    model_class = getattr(pyrocell, name)
+    arguments: dict[str, Any] = {"batch_key": "batch"}
+    if name == "SCANVI":
+        arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
+    if name == "TOTALVI":
+        arguments |= {"protein_expression_obsm_key": "protein_expression"}
+    model_class.setup_anndata(adata, **arguments)
+    return model_class(adata)
+
+
+def main() -> None:
+    """Train, and print the seconds of each epoch."""
+    import torch
+
+    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(job["threads"])
+    pyrocell.settings.progress = False
+    pyrocell.settings.device = "cpu"
+    pyrocell.settings.seed = job["seed"]
+    model = _set_up(job["model"], anndata.read_h5ad(job["data"]))
+    plan = pyrocell.TrainingPlan()  # no learning-rate plateau, which needs a validation in each epoch
+    model.train(job["epochs"], batch_size=job["batch_size"], early_stopping=False, plan=plan)
+    print(RESULT + json.dumps({"epoch_seconds": [float(s) for s in model.history["seconds"]]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The scvi-tools side of ``models.py``, with nothing switched on that costs time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import anndata
+import lightning.pytorch
+import scvi
+import torch
+from common import RESULT
+
+warnings.filterwarnings("ignore")
+
+
+class StopWatch(lightning.pytorch.Callback):
+    """Seconds of each epoch."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Start."""
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Stop."""
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def _set_up(name: str, adata: anndata.AnnData) -> Any:
+    model_class = getattr(scvi.model, name)
+    arguments: dict[str, Any] = {"batch_key": "batch"}
+    if name == "SCANVI":
+        arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
+    if name == "TOTALVI":
+        arguments |= {"protein_expression_obsm_key": "protein_expression"}
+    model_class.setup_anndata(adata, **arguments)
+    return model_class(adata)
+
+
+def main() -> None:
+    """Train, and print the seconds of each epoch."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(job["threads"])
+    scvi.settings.num_threads = job["threads"]
+    scvi.settings.verbosity = logging.ERROR
+    scvi.settings.seed = job["seed"]
+    model = _set_up(job["model"], anndata.read_h5ad(job["data"]))
+    watch = StopWatch()
+    model.train(
+        max_epochs=job["epochs"],
+        accelerator="cpu",
+        batch_size=job["batch_size"],
+        train_size=0.9,
+        early_stopping=False,
+        check_val_every_n_epoch=None,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        logger=None if job["model"] == "TOTALVI" else False,  # its watcher of the learning rate wants one
+        callbacks=[watch],
+        # TOTALVI would score the validation cells within each epoch that is timed
+        plan_kwargs={"reduce_lr_on_plateau": False},
+    )
+    print(RESULT + json.dumps({"epoch_seconds": watch.seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
