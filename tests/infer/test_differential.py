@@ -482,10 +482,9 @@ def test_eight_groups_cost_at_most_twice_one():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # processor time counts idle threads too
     try:
-        one, eight = (
-            min(processor_time(sampler, comparisons) for _ in range(3))
-            for comparisons in (compare_groups(labels, group1=0), compare_groups(labels))
-        )
+        kinds = compare_groups(labels, group1=0), compare_groups(labels)
+        # In turn, and the least of each: a busy machine slows single runs, seldom all of one kind.
+        one, eight = np.min([[processor_time(sampler, kind) for kind in kinds] for _ in range(5)], axis=0)
     finally:
         torch.set_num_threads(threads)
     assert eight < 2.0 * one  # measured: about 1.4
