@@ -115,15 +115,20 @@ class Cells:
 
 def _moved(values: Tensor, device: str | torch.device) -> Tensor:
     nonzeros = NonZeros.of(values) if getattr(values, "_nonzeros", None) is not None else None
-    return values.to(device) if nonzeros is None else _dense_on(device, values.shape, nonzeros)
+    return _sent(values, device) if nonzeros is None else _dense_on(device, values.shape, nonzeros)
 
 
 def _dense_on(device: str | torch.device, shape: torch.Size, nonzeros: NonZeros) -> Tensor:
-    # The index travels with the order of its counts: to find that on the device would make the host wait.
-    there = nonzeros.to(device)
-    dense = torch.zeros(shape, dtype=there.values.dtype, device=device)
-    dense.view(-1).scatter_(0, there.flat, there.values)
-    return there.attach_to(dense)
+    dense = torch.zeros(shape, dtype=nonzeros.values.dtype, device=device)
+    dense.view(-1).scatter_(0, _sent(nonzeros.flat, device), _sent(nonzeros.values, device))
+    return dense
+
+
+def _sent(values: Tensor, device: str | torch.device) -> Tensor:
+    """Send values to a device; to CUDA through pinned memory, so that the host need not wait."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 class Dataset:

@@ -92,7 +92,8 @@ class ScaledBernoulli(CountDistribution):
         n_outer = len(full) - value.ndim
         logits = self.logits.expand(full).reshape(_grouped(full, n_outer)).contiguous()
         factors = [_thin(getattr(self, name), full, n_outer) for name in self._given[1:]]
-        call = _Call(NonZeros.of(value), sum_last, torch.is_grad_enabled())
+        ones = NonZeros.of(value) if value.device.type == "cpu" else value.reshape(-1, full[-1]) != 0
+        call = _Call(ones, sum_last, torch.is_grad_enabled())
         result: Tensor = _Score.apply(call, logits, *factors)
         return result.reshape(shape[:-1] if sum_last else shape)
 
@@ -156,7 +157,8 @@ def _thin(parameter: Tensor, full: torch.Size, n_outer: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    nonzeros: NonZeros
+    ones: NonZeros | Tensor
+    """Index of the ones, or (on other devices than the CPU, where nothing is searched) their mask."""
     sum_last: bool
     grad_mode: bool
 
@@ -170,7 +172,7 @@ class _Score(torch.autograd.Function):
         out = logits.new_empty((n_samples, n_rows) if call.sum_last else logits.shape)
         learns = call.grad_mode and any(ctx.needs_input_grad)
         slopes = [torch.empty_like(logits) for _ in range(2)] if learns else []
-        for sample, rows, seen in _blocks(call.nonzeros, logits):
+        for sample, rows, seen in _blocks(call.ones, logits):
             parts = [_part(factor, sample, rows) for factor in factors]
             into = [slope[sample, rows] for slope in slopes]
             value = _score_block(logits[sample, rows], parts, seen, into)
@@ -206,20 +208,22 @@ class _Seen:
     cols: Tensor
 
 
-def _blocks(nonzeros: NonZeros, logits: Tensor) -> Iterator[tuple[int, slice, _Seen]]:
+def _blocks(ones: NonZeros | Tensor, logits: Tensor) -> Iterator[tuple[int, slice, _Seen | Tensor]]:
     """Cut the work into some rows of one sample at a time (on other devices than CPU: all rows)."""
     n_samples, n_rows, n_columns = logits.shape
-    on_cpu = logits.device.type == "cpu"
-    step = max(1, _BLOCK // max(1, n_columns)) if on_cpu else max(1, n_rows)
+    if isinstance(ones, Tensor):
+        yield from ((sample, slice(n_rows), ones) for sample in range(n_samples))
+        return
+    step = max(1, _BLOCK // max(1, n_columns))
     one_block = step >= n_rows
-    starts = [] if one_block else nonzeros.row_starts.tolist()
+    starts = [] if one_block else ones.row_starts.tolist()
     for start in range(0, n_rows, step):
         first = 0 if one_block else starts[start]
-        last = len(nonzeros) if start + step >= n_rows else starts[start + step]
+        last = len(ones) if start + step >= n_rows else starts[start + step]
         seen = _Seen(
-            nonzeros.flat[first:last] - start * n_columns,
-            nonzeros.rows[first:last] - start,
-            nonzeros.cols[first:last],
+            ones.flat[first:last] - start * n_columns,
+            ones.rows[first:last] - start,
+            ones.cols[first:last],
         )
         for sample in range(n_samples):
             yield sample, slice(start, min(start + step, n_rows)), seen
@@ -230,7 +234,9 @@ def _part(factor: Tensor, sample: int, rows: slice) -> Tensor:
     return of_sample[rows] if of_sample.shape[0] > 1 else of_sample
 
 
-def _score_block(logits: Tensor, factors: list[Tensor], seen: _Seen, slopes: list[Tensor]) -> Tensor:
+def _score_block(
+    logits: Tensor, factors: list[Tensor], seen: _Seen | Tensor, slopes: list[Tensor]
+) -> Tensor:
     """Return log-probabilities (rows, columns); write their slopes in log p and in the logits, if asked for."""
     passed, failed = torch.sigmoid(logits), torch.sigmoid(-logits.clamp(max=_LARGEST_LOGIT))
     closed = failed  # probability that the region is not accessible
@@ -242,11 +248,18 @@ def _score_block(logits: Tensor, factors: list[Tensor], seen: _Seen, slopes: lis
         failed = torch.addcmul(failed, passed, lost)
         passed = passed * through
     value = _log1m(passed, failed)
-    value.view(-1)[seen.flat] = _log_p(logits, factors, seen)
+    if isinstance(seen, Tensor):
+        log_p = sum(map(functional.logsigmoid, factors), functional.logsigmoid(logits))
+        value = torch.where(seen, log_p, value)
+    else:
+        value.view(-1)[seen.flat] = _log_p(logits, factors, seen)
     if slopes:
         in_log_p, in_logits = slopes
         torch.div(passed, failed, out=in_log_p).neg_()
-        in_log_p.view(-1)[seen.flat] = 1.0
+        if isinstance(seen, Tensor):
+            in_log_p.masked_fill_(seen, 1.0)
+        else:
+            in_log_p.view(-1)[seen.flat] = 1.0
         torch.mul(in_log_p, closed, out=in_logits)
     return value
 

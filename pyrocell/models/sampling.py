@@ -106,9 +106,9 @@ def _blocks(question: Question, name: str) -> Iterator[tuple[np.ndarray, Any, np
     """Yield rows, sparse values and library sizes (if these cells have one) of the cells in blocks."""
     library = getattr(question.model.fields.get(name), "library", None)
     for _, cells in question.blocks():
-        values = getattr(cells, name)
+        values = getattr(cells, name).cpu()
         seen = NonZeros.of(values)
-        columns = (seen.values.cpu().numpy(), (seen.rows.cpu().numpy(), seen.cols.cpu().numpy()))
+        columns = (seen.values.numpy(), (seen.rows.numpy(), seen.cols.numpy()))
         counts = sparse.csr_matrix(columns, shape=tuple(values.shape))
         size = None if library is None else getattr(cells, library).squeeze(-1).cpu().numpy()
         yield cells.rows.cpu().numpy(), counts, size
