@@ -86,6 +86,10 @@ class Cells:
         ]
         return f"Cells({', '.join(shapes)})"
 
+    def load(self) -> Cells:
+        """Return the cells themselves: a `Selection` of cells on a device has to be put together first."""
+        return self
+
     def names(self) -> list[str]:
         """Return the names of the attributes that hold data."""
         return [name for name in self.__dict__ if name not in ("rows", "n_total")]

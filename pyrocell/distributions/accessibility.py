@@ -234,9 +234,7 @@ def _part(factor: Tensor, sample: int, rows: slice) -> Tensor:
     return of_sample[rows] if of_sample.shape[0] > 1 else of_sample
 
 
-def _score_block(
-    logits: Tensor, factors: list[Tensor], seen: _Seen | Tensor, slopes: list[Tensor]
-) -> Tensor:
+def _score_block(logits: Tensor, factors: list[Tensor], seen: _Seen | Tensor, slopes: list[Tensor]) -> Tensor:
     """Return log-probabilities (rows, columns); write their slopes in log p and in the logits, if asked for."""
     passed, failed = torch.sigmoid(logits), torch.sigmoid(-logits.clamp(max=_LARGEST_LOGIT))
     closed = failed  # probability that the region is not accessible

@@ -327,9 +327,7 @@ class _Score(torch.autograd.Function):
         )
 
 
-def _join(
-    family: Family, ranked: RankedCounts, parameters: Sequence[Tensor], n_dense: int
-) -> list[Tensor]:
+def _join(family: Family, ranked: RankedCounts, parameters: Sequence[Tensor], n_dense: int) -> list[Tensor]:
     """Score zeros everywhere, then put the non-zeros in their places."""
     dense = [torch.empty_like(parameters[0]) for _ in range(n_dense)]
     _zeros_by_blocks(family, parameters, dense)

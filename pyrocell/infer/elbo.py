@@ -38,6 +38,9 @@ class Population(Protocol):
     def __len__(self) -> int:
         """Return the number of cells in the minibatch."""
 
+    def load(self) -> Any:
+        """Return the cells themselves, where these are only named (`pyrocell.data.resident.Selection`)."""
+
 
 Program = Callable[[Any], Any]
 ExtraTerms = Callable[[Any, Mapping[str, Site]], dict[str, torch.Tensor]]

@@ -38,8 +38,19 @@ class FiniteGuard:
         for buffer, kept in zip(self.buffers, self._kept, strict=True):
             buffer.copy_(kept)
 
-    def is_finite(self, loss: torch.Tensor) -> bool:
-        """Clip the gradient if asked, and say whether all of it is finite, and the loss.
+    def undo_unless(self, finite: torch.Tensor) -> None:
+        """Bring the running statistics back where a step was not finite, without asking the device.
+
+        Parameters
+        ----------
+        finite
+            Whether it was, a scalar.
+        """
+        for buffer, kept in zip(self.buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(finite, buffer, kept))
+
+    def is_finite(self, loss: torch.Tensor) -> torch.Tensor:
+        """Clip the gradient if asked, and say whether all of it is finite, and the loss: a scalar on the device.
 
         Parameters
         ----------
@@ -51,7 +62,7 @@ class FiniteGuard:
             total = torch.stack([loss, *(grad.sum() for grad in grads)]).sum()  # one number tells of them all
         else:
             total = loss + torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        return bool(total.isfinite())
+        return total.isfinite()
 
     def culprit(self, terms: ElboTerms) -> str:
         """Name the sites, or else the parameters, that are not finite.

@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 
 from pyrocell import settings
-from pyrocell.data import Cells
+from pyrocell.data.resident import resident_on
 from pyrocell.errors import TrainingError, list_some
 from pyrocell.infer.checkpoint import read_checkpoint
+from pyrocell.infer.elbo import Population
 from pyrocell.infer.freezing import frozen_besides
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
@@ -92,10 +93,14 @@ class Training(ModelCore):
         self.train_indices, self.validation_indices = training, validation  # a refused call changes nothing
         self.module.to(where)
 
-        def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Cells]]:
-            def one_epoch(rng: np.random.Generator | None) -> Iterator[Cells]:
+        resident = resident_on(dataset, where)
+
+        def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Population]]:
+            def one_epoch(rng: np.random.Generator | None) -> Iterator[Population]:
                 # One minibatch of all cells keeps their order: Pyro then takes parameters of cells as they lie.
                 order = rng if len(rows) > batch_size else None
+                if resident is not None:
+                    return resident.minibatches(rows, batch_size, rng=order, n_total=n_train)
                 return dataset.minibatches(rows, batch_size, rng=order, device=where, n_total=n_train)
 
             return one_epoch

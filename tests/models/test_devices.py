@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pyro
 import pytest
 import torch
 
 from pyrocell import settings
+from pyrocell.data import synthetic_iid
+from pyrocell.errors import PyrocellWarning
+from pyrocell.infer.capture import StepGraphs
 from pyrocell.infer.effects import AtMean
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.testing.asking import answers
 from tests.models.test_contract import CASES
+from tests.models.zoo import BatchVAE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +72,92 @@ def test_training_and_queries_run(name):
     for verb in WITHOUT_DRAWS:
         if verb in here:
             np.testing.assert_allclose(there[verb], here[verb], rtol=1e-3, atol=1e-4, err_msg=verb)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Sizes of the minibatches whose steps were recorded."""
+    sizes, record = [], StepGraphs._record
+
+    def watched(self, cells, autocast):
+        done = record(self, cells, autocast)
+        sizes.append(len(cells) if done else "refused")
+        return done
+
+    monkeypatch.setattr(StepGraphs, "_record", watched)
+    return sizes
+
+
+def trained(name, seed=0, **options):
+    case = CASES[name]
+    model = case.make(seed=seed)
+    plan = dataclasses.replace(model.default_plan, **options)
+    model.train(6, batch_size=64, device="cuda", plan=plan, early_stopping=False)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "PoissonFactors"])
+def test_recorded_steps_are_the_plain_ones(name, recorded):
+    once, plain = trained(name), trained(name, record_step=False)
+    assert recorded and "refused" not in recorded, recorded
+    assert set(recorded) == {64, len(once.train_indices) % 64} - {0}
+    losses = once.history["elbo_train"].to_numpy(), plain.history["elbo_train"].to_numpy()
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_a_learning_rate_that_falls_reaches_the_recorded_step(recorded):
+    model = CASES["SCVI"].make()
+    plan = TrainingPlan(lr_plateau=True, lr_patience=1, lr_factor=0.1)
+    model.train(40, batch_size=64, n_epochs_kl_warmup=0, lr=0.05, device="cuda", plan=plan)
+    assert recorded and model.history["lr"].iloc[-1] < model.history["lr"].iloc[0]
+    assert np.isfinite(model.history["elbo_train"]).all()
+
+
+class Spoiled(BatchVAE):
+    """One cell of the data, and it alone, has no finite likelihood."""
+
+    def model(self, cells):
+        super().model(cells)
+        with self.plate(cells):
+            pyro.factor("spoiled", torch.where(cells.rows == 5, torch.nan, 0.0))
+
+
+def test_recorded_steps_skip_what_is_not_finite(recorded, caplog):
+    adata = synthetic_iid(n_cells=400, n_genes=30, seed=0)
+    Spoiled.setup_anndata(adata, batch_key="batch")
+    model = Spoiled(adata)
+    with pytest.warns(PyrocellWarning, match="steps were skipped"):
+        model.train(8, batch_size=32, train_size=1.0, device="cuda")
+    assert recorded
+    assert (model.history["skipped_steps"] == 1).all()
+    assert np.isfinite(model.history["elbo_train"]).all()
+    assert all(bool(p.isfinite().all()) for p in model.module.parameters())
+    assert "spoiled" in caplog.text
+
+
+class Waiting(BatchVAE):
+    """Asks the device for a number in each step."""
+
+    def model(self, cells):
+        assert float(cells.counts.sum()) > 0
+        super().model(cells)
+
+
+def test_what_cannot_be_recorded_is_trained_by_plain_steps(recorded, caplog):
+    adata = synthetic_iid(n_cells=400, n_genes=30, seed=0)
+    Waiting.setup_anndata(adata, batch_key="batch")
+    model = Waiting(adata)
+    with caplog.at_level("INFO", logger="pyrocell"):
+        model.train(4, batch_size=32, device="cuda")
+    assert recorded == ["refused"] and "cannot be recorded" in caplog.text
+    assert np.isfinite(model.history["elbo_train"]).all()
+
+
+def test_data_that_do_not_fit_are_sent_minibatch_by_minibatch(recorded, monkeypatch):
+    monkeypatch.setattr("pyrocell.data.resident._SHARE", 0.0)
+    model = trained("SCVI")
+    assert not recorded and np.isfinite(model.history["elbo_train"]).all()
 
 
 def test_a_model_trained_there_is_loaded_here(tmp_path):
