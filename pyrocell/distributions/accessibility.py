@@ -78,7 +78,7 @@ class ScaledBernoulli(CountDistribution):
         first = given[0]
         assert first is not None
         self._given = [name for name, p in zip(self.parameter_names, given, strict=True) if p is not None]
-        filled = [first.new_tensor(_ALWAYS) if p is None else p for p in given]
+        filled = [first.new_full((), _ALWAYS) if p is None else p for p in given]
         self._set_parameters(filled, validate_args=validate_args)
 
     def _score(self, value: Tensor, *, sum_last: bool) -> Tensor:

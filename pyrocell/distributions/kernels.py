@@ -134,13 +134,11 @@ def _negative_binomial_everywhere(counts: Tensor, parameters: Sequence[Tensor]) 
     theta = phi.exp()
     log_ratio = log_mean - phi
     log_ratio = torch.where(x > 0, log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), log_ratio)
-    tail = log_ratio.abs().neg_().exp_().log1p_()
-    theta_up = theta * (log_ratio.clamp(min=0.0) + tail)
+    log_share, log_rest = functional.logsigmoid(log_ratio), functional.logsigmoid(-log_ratio)
     rising, slope = large_log_rising(x, theta, parameters[0].dtype)
-    log_share = log_ratio.clamp(max=0.0) - tail
-    value = rising - torch.lgamma(x + 1.0) - theta_up + x * log_share
-    mean_slope = x - log_share.exp() * (x + theta)
-    return [value, mean_slope, theta * slope - theta_up - mean_slope]
+    value = torch.addcmul(rising - torch.lgamma(x + 1.0), theta, log_rest).addcmul_(x, log_share)
+    mean_slope = torch.addcmul(x, log_share.exp_(), x + theta, value=-1.0)
+    return [value, mean_slope, (slope + log_rest).mul_(theta).sub_(mean_slope)]
 
 
 negative_binomial = Family(_negative_binomial_zeros, _negative_binomial_seen, _negative_binomial_everywhere)

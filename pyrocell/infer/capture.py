@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -102,14 +104,15 @@ class StepGraphs:
             group["capturable"] = True
 
     def _record(self, cells: Any, autocast: AbstractContextManager[object]) -> bool:
-        self._rates_on_device()
-        static = cells.of(cells.rows.clone())
-        graph = torch.cuda.CUDAGraph()
+        static, graph = cells.of(cells.rows.clone()), torch.cuda.CUDAGraph()
         try:
+            self._rehearse(static, autocast)
+            self._rates_on_device()
             with torch.cuda.graph(graph, pool=self._pool):
                 self._step(static, autocast)
         except RuntimeError as error:
             self.works = False
+            _free_generator(self.tally.device)
             reason = str(error).splitlines()[0]
             settings.logger.info("the training step cannot be recorded as a CUDA graph: %s", reason)
             return False
@@ -118,6 +121,15 @@ class StepGraphs:
         self._pool = graph.pool()
         self._graphs[len(cells)] = graph, static.rows
         return True
+
+    def _rehearse(self, cells: Any, autocast: AbstractContextManager[object]) -> None:
+        """Go through loss and gradient once, and raise where the host would wait: an attempt to record would break."""
+        self.guard.remember()
+        try:
+            with _no_waiting(), autocast:
+                self.elbo(cells.load(), self._weight).loss.backward()
+        finally:
+            self.guard.undo()
 
     def _step(self, cells: Any, autocast: AbstractContextManager[object]) -> None:
         self.guard.remember()
@@ -129,3 +141,22 @@ class StepGraphs:
         self.optimizer.step()
         self.guard.undo_unless(finite)
         self.tally.add_on_device(terms, finite)
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise a RuntimeError where the host waits for the device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this check a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _free_generator(device: torch.device) -> None:
+    """Give the device's generator a fresh copy of its state: that of a recording which failed stays locked."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())

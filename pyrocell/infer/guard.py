@@ -31,7 +31,7 @@ class FiniteGuard:
         """Forget the last gradients, and keep the running statistics: a forward pass changes them."""
         for parameter in self.parameters:
             parameter.grad = None
-        self._kept = [b.clone() for b in self.buffers]
+        self._kept = list(torch._foreach_add(self.buffers, 0.0)) if self.buffers else []
 
     def undo(self) -> None:
         """Bring the running statistics back."""
@@ -46,8 +46,9 @@ class FiniteGuard:
         finite
             Whether it was, a scalar.
         """
-        for buffer, kept in zip(self.buffers, self._kept, strict=True):
-            buffer.copy_(torch.where(finite, buffer, kept))
+        if self.buffers:
+            pairs = zip(self.buffers, self._kept, strict=True)
+            torch._foreach_copy_(self.buffers, [torch.where(finite, *pair) for pair in pairs])
 
     def is_finite(self, loss: torch.Tensor) -> torch.Tensor:
         """Clip the gradient if asked, and say whether all of it is finite, and the loss: a scalar on the device.
@@ -59,7 +60,8 @@ class FiniteGuard:
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if self.max_grad_norm is None:
-            total = torch.stack([loss, *(grad.sum() for grad in grads)]).sum()  # one number tells of them all
+            # One number tells of them all; the largest entries do not overflow, as sums of squares would.
+            total = torch.stack([loss, *torch._foreach_norm(grads, float("inf"))]).sum()
         else:
             total = loss + torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         return total.isfinite()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from torch import nn
 from pyrocell.data import Cells, Dataset, Schema, prototype_cells, read_setup, setup_of
 from pyrocell.errors import DataError, NotTrainedError, QueryError, SetupError
 from pyrocell.infer.draws import Drawer
-from pyrocell.infer.effects import CELLS, Site, is_latent, is_local
+from pyrocell.infer.effects import CELLS, OnDevice, Site, is_latent, is_local
 from pyrocell.infer.elbo import Elbo
 from pyrocell.infer.landmarks import Landmarks
 from pyrocell.infer.plan import TrainingPlan
@@ -182,13 +182,14 @@ class ModelCore(metaclass=ModelMeta):
         return self.module.autoguide if guide is None else self._program(partial(guide, self))
 
     def _program(self, run: Program) -> Program:
-        """Let a Bayesian module draw each of its weights once a run; others need no such bookkeeping."""
-        if not self._is_bayesian:
-            return run
+        """Let a Bayesian module draw each of its weights once a run, and bring priors to the model's device."""
 
         def run_in_context(cells: Cells) -> Any:
-            with self.module._pyro_context:
-                return run(cells)
+            with self.module._pyro_context if self._is_bayesian else nullcontext():
+                if self.device.type == "cpu":
+                    return run(cells)
+                with OnDevice(self.device):
+                    return run(cells)
 
         return run_in_context
 

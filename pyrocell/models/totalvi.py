@@ -223,9 +223,9 @@ class TOTALVI(JointExpression, CellModel):
 
     def model(self, cells: Cells) -> None:
         """Generate RNA and proteins from a latent."""
-        shape = self.log_efficiency.shape
         # Mode of one proper prior: it counts once, not once a cell, and does not warm up.
-        log_efficiency = pyro.sample("log_efficiency", Normal(0.0, 1.0).expand(shape).to_event(2))
+        prior = Normal(torch.zeros_like(self.log_efficiency), 1.0).to_event(2)
+        log_efficiency = pyro.sample("log_efficiency", prior)
         with self.plate(cells):
             z = pyro.sample("z", StandardNormal(self.encoder.n_latent))
             self._generate_proteins(cells, z, log_efficiency)

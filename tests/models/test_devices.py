@@ -11,11 +11,12 @@ import torch
 
 from pyrocell import settings
 from pyrocell.data import synthetic_iid
+from pyrocell.distributions import NegativeBinomial, StandardNormal
 from pyrocell.errors import PyrocellWarning
 from pyrocell.infer.capture import StepGraphs
 from pyrocell.infer.effects import AtMean
 from pyrocell.infer.plan import TrainingPlan
-from pyrocell.testing.asking import answers
+from pyrocell.testing.asking import answers, has_gaussian_posterior
 from tests.models.test_contract import CASES
 from tests.models.zoo import BatchVAE
 
@@ -69,7 +70,7 @@ def test_training_and_queries_run(name):
     assert all(np.isfinite(values).all() for values in there.values())
     model.module.to("cpu")
     here = answers(model)
-    for verb in WITHOUT_DRAWS:
+    for verb in WITHOUT_DRAWS if has_gaussian_posterior(model) else ():
         if verb in here:
             np.testing.assert_allclose(there[verb], here[verb], rtol=1e-3, atol=1e-4, err_msg=verb)
 
@@ -118,9 +119,11 @@ class Spoiled(BatchVAE):
     """One cell of the data, and it alone, has no finite likelihood."""
 
     def model(self, cells):
-        super().model(cells)
         with self.plate(cells):
+            z = pyro.sample("z", StandardNormal(self.encoder.n_latent))
+            rho = pyro.deterministic("rho", self.decoder(z, cells.batch), event_dim=1)
             pyro.factor("spoiled", torch.where(cells.rows == 5, torch.nan, 0.0))
+            pyro.sample("x", NegativeBinomial(cells.library * rho, self.theta).to_event(1), obs=cells.counts)
 
 
 def test_recorded_steps_skip_what_is_not_finite(recorded, caplog):
