@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pyrocell.data.accessibility import Accessibility
 from pyrocell.data.base import Argument, Field, Frozen, Reader, column_reader, tensor_like
+from pyrocell.data.categories import Categories, Category
+from pyrocell.data.columns import Continuous, SizeFactor
 from pyrocell.data.datasets import pbmc68k
-from pyrocell.data.fields import Categories, Category, Continuous, Counts, SizeFactor
+from pyrocell.data.fields import Counts
 from pyrocell.data.minibatch import Cells, Dataset, prototype_cells
 from pyrocell.data.proteins import Proteins
 from pyrocell.data.registration import make_setup_anndata, make_setup_mudata, read_setup, setup_of

@@ -213,7 +213,9 @@ def _level_name(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def category_levels(column: pd.Series, where: str) -> tuple[list[str], np.ndarray]:
+def category_levels(
+    column: pd.Series, where: str, *, unlabeled: str | None = None
+) -> tuple[list[str], np.ndarray]:
     """Read a column of categories: strings, whole numbers, booleans or a pandas categorical.
 
     Parameters
@@ -222,6 +224,8 @@ def category_levels(column: pd.Series, where: str) -> tuple[list[str], np.ndarra
         One value per cell.
     where
         Name of the column in messages.
+    unlabeled
+        Name of the category that means that a cell has none, if there is such a name.
 
     Returns
     -------
@@ -236,9 +240,10 @@ def category_levels(column: pd.Series, where: str) -> tuple[list[str], np.ndarra
     """
     missing, place = column.isna().to_numpy(), where.partition(": ")[2] or where
     if missing.any():
+        name = "missing" if unlabeled is None else unlabeled
         raise DataError(
             f"{where} is missing (NaN) for {missing.sum()} cells: {list_some(column.index[missing])}. Remove the "
-            f"cells, or give them a category: {place} = {place}.astype(str)."
+            f"cells, or give them a category: {place} = {place}.astype(object).fillna({name!r})."
         )
     values = _as_categorical(column).remove_unused_categories()
     names = [_level_name(value) for value in values.categories]

@@ -16,7 +16,7 @@ from torch.types import _size
 
 from pyrocell.distributions.base import CountDistribution, as_reals
 from pyrocell.distributions.counts import NonZeros
-from pyrocell.distributions.shapes import broadcast
+from pyrocell.distributions.shapes import aligned
 
 __all__ = ["ScaledBernoulli"]
 
@@ -84,12 +84,7 @@ class ScaledBernoulli(CountDistribution):
     def _score(self, value: Tensor, *, sum_last: bool) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        shape = broadcast(self.batch_shape, value.shape)
-        full = shape or torch.Size([1])
-        if value.ndim == 0 or value.shape != full[len(full) - value.ndim :]:
-            # a view of the values in another shape: searched again, on this path only
-            value = value.expand(full).contiguous()
-        n_outer = len(full) - value.ndim
+        value, shape, full, n_outer = aligned(value, self.batch_shape)
         logits = self.logits.expand(full).reshape(_grouped(full, n_outer)).contiguous()
         factors = [_thin(getattr(self, name), full, n_outer) for name in self._given[1:]]
         ones = NonZeros.of(value) if value.device.type == "cpu" else value.reshape(-1, full[-1]) != 0
@@ -265,7 +260,7 @@ def _score_block(logits: Tensor, factors: list[Tensor], seen: _Seen | Tensor, sl
 def _log1m(p: Tensor, q: Tensor) -> Tensor:
     """Compute log(1 - p) given q = 1 - p, from the smaller of the two, which alone has all its digits."""
     value = torch.clamp(p, max=0.5).neg_().log1p_()
-    if p.device.type == "cpu" and not (p.numel() and float(p.max()) > 0.5):
+    if p.device.type == "cpu" and not bool((p > 0.5).any()):
         return value  # the usual case of sparse data
     return value.add_((q * 2.0).clamp_(max=1.0).log_())
 

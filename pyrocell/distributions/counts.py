@@ -107,6 +107,8 @@ class NonZeros:
     @classmethod
     def known(cls, x: Tensor) -> NonZeros | None:
         """Give the index kept on the counts ``x``, if there is one; it holds until ``x`` is modified in place."""
+        if x.is_inference():  # such tensors do not count modifications
+            return None
         kept: NonZeros | None = getattr(x, "_nonzeros", None)
         return kept if kept is not None and kept.version == _version(x) else None
 
@@ -312,4 +314,4 @@ def _starts(codes: Tensor, n_codes: int) -> Tensor:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version  # inference tensors do not count modifications
+    return 0 if x.is_inference() else x._version

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from pyrocell.distributions.counts import NonZeros, RankedCounts, working_dtype
 from pyrocell.distributions.gamma import large_log_rising, small_log_rising
-from pyrocell.distributions.shapes import broadcast
+from pyrocell.distributions.shapes import aligned
 
 __all__ = [
     "LOG_RATIO_LIMIT",
@@ -262,12 +262,7 @@ def score_counts(
     Tensor
         Broadcast shape of ``value`` and ``batch_shape``, without its last dimension if that was summed.
     """
-    shape = broadcast(batch_shape, value.shape)
-    full = shape or torch.Size([1])
-    if value.ndim == 0 or value.shape != full[len(full) - value.ndim :]:
-        # a view of the counts in another shape: searched again, on this path only
-        value = value.expand(full).contiguous()
-    n_outer = len(full) - value.ndim
+    value, shape, full, n_outer = aligned(value, batch_shape)
     mean, *others = parameters
     blocks = [_blocks(mean.expand(full), full, n_outer), *(_blocks(other, full, n_outer) for other in others)]
     counts = NonZeros.of(value).ranked if value.device.type == "cpu" else value.reshape(1, -1, full[-1])

@@ -127,14 +127,14 @@ class StepGraphs:
         self.guard.remember()
         try:
             with _no_waiting(), autocast:
-                self.elbo(cells.load(), self._weight).loss.backward()
+                self.elbo(cells.load(), self._weight, with_extra=True).loss.backward()
         finally:
             self.guard.undo()
 
     def _step(self, cells: Any, autocast: AbstractContextManager[object]) -> None:
         self.guard.remember()
         with autocast:
-            terms = self.elbo(cells.load(), self._weight)
+            terms = self.elbo(cells.load(), self._weight, with_extra=True)
         terms.loss.backward()
         finite = self.guard.is_finite(terms.loss)
         self.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]

@@ -93,9 +93,12 @@ class Warmup(Messenger):
         self.weight = weight
 
     def _pyro_sample(self, msg: Any) -> None:
-        if warms_up(msg):
+        warm = warms_up(msg)
+        weighted = is_latent(msg) and is_local(msg) and "kl_weight" in msg["infer"]
+        if warm or weighted:
             msg["infer"] = {**msg["infer"], "scale_before_warmup": msg["scale"]}
-            msg["scale"] = msg["scale"] * (self.weight * msg["infer"].get("kl_weight", 1.0))
+            weight = msg["infer"].get("kl_weight", 1.0) * (self.weight if warm else 1.0)
+            msg["scale"] = msg["scale"] * weight
 
 
 class AtMean(Messenger):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyrocell.errors import list_some
+from pyrocell.errors import TrainingError, list_some
 from pyrocell.infer.elbo import ElboTerms
 
 __all__ = ["Epoch", "Tally"]
@@ -78,11 +78,15 @@ class Tally:
         terms
             The bound that was evaluated.
         """
-        names = [*_BOUND, *terms.extra]
-        if names != self.names or list(terms.sites) != self.sites:  # the first step tells
-            self.names, self.sites = names, list(terms.sites)
+        if not self.sites:  # the first step tells
+            self.names, self.sites = [*_BOUND, *terms.extra], list(terms.sites)
             self._allocate()
-        self.sums += terms.totals()
+        if set(terms.extra) != set(self.names[len(_BOUND) :]):
+            raise TrainingError(
+                f"extra_terms gave {list_some(terms.extra) or 'nothing'} in this step, and "
+                f"{list_some(self.names[len(_BOUND) :]) or 'nothing'} in the first; give the same names in every step."
+            )
+        self.sums += terms.totals(self.names[len(_BOUND) :])
         self.n_cells += len(terms.reconstruction)
 
     def skip(self) -> None:
@@ -101,7 +105,7 @@ class Tally:
         """
         taken = finite.long()
         self.sums += torch.where(
-            finite, terms.totals(), 0.0
+            finite, terms.totals(self.names[len(_BOUND) :]), 0.0
         )  # a product with zero would keep what is no number
         n_cells, skipped, in_a_row, longest = self.counters.unbind()
         n_cells += taken * len(terms.reconstruction)

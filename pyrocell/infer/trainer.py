@@ -154,7 +154,7 @@ class Trainer:
         """Take one step, or skip it because the loss or a gradient is not finite."""
         self.guard.remember()
         with self.plan.products(self.device):
-            terms = self.elbo(cells, weight)
+            terms = self.elbo(cells, weight, with_extra=True)
         if not terms.loss.requires_grad:
             raise TrainingError(
                 "The loss depends on no parameter; give the model or its guide something to learn."
