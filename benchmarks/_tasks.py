@@ -164,7 +164,7 @@ def _protein_correlation(log_predicted: np.ndarray, truth: dict[str, Any]) -> Sc
 
 def score_proteins(adata: anndata.AnnData, truth: dict[str, Any], answer: dict[str, np.ndarray]) -> Scores:
     """Score predictions of hidden proteins, and cell types in the latent."""
-    scores = _protein_correlation(np.log1p(answer["proteins"][truth["hidden"]]), truth)
+    scores = _protein_correlation(answer["log_proteins"][truth["hidden"]], truth)
     known = truth["types"] != "unlabelled"
     return scores | _type_scores(answer["latent"][known], truth["types"][known])
 

@@ -43,10 +43,16 @@ def proteins(adata: anndata.AnnData, epochs: int) -> Answer:
     )
     model = pyrocell.TOTALVI(adata)
     model.train(epochs)
-    _, table = model.get_normalized_expression(
-        n_samples=25, transform_batch="seen", include_protein_background=True
+    _, draws = model.get_normalized_expression(
+        n_samples=25, transform_batch="seen", include_protein_background=True, return_mean=False
     )
-    return {"proteins": np.asarray(table), "latent": model.get_latent_representation()}
+    return {"log_proteins": _mean_log(draws), "latent": model.get_latent_representation()}
+
+
+def _mean_log(draws: Any) -> np.ndarray:
+    """Mean of log1p over the 25 draws, which lie along the first axis or the last one."""
+    values = np.log1p(np.asarray(draws))
+    return values.mean(0 if values.shape[0] == 25 else -1)
 
 
 def regions(adata: anndata.AnnData, epochs: int) -> Answer:
