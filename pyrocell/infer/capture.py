@@ -123,10 +123,13 @@ class StepGraphs:
         return True
 
     def _rehearse(self, cells: Any, autocast: AbstractContextManager[object]) -> None:
-        """Go through loss and gradient once, and raise where the host would wait: an attempt to record would break."""
+        """Go through loss and gradient once, and raise where the host would wait: an attempt to record would break.
+
+        Random numbers and running statistics are left as they were.
+        """
         self.guard.remember()
         try:
-            with _no_waiting(), autocast:
+            with torch.random.fork_rng([self.tally.device]), _no_waiting(), autocast:
                 self.elbo(cells.load(), self._weight, with_extra=True).loss.backward()
         finally:
             self.guard.undo()

@@ -227,7 +227,8 @@ class TOTALVI(JointExpression, CellModel):
     def model(self, cells: Cells) -> None:
         """Generate RNA and proteins from a latent."""
         # Mode of one proper prior: it counts once, not once a cell, and does not warm up.
-        prior = Normal(torch.zeros_like(self.log_efficiency), 1.0).to_event(2)
+        zero = torch.zeros_like(self.log_efficiency)
+        prior = Normal(zero, torch.ones_like(zero)).to_event(2)
         log_efficiency = pyro.sample("log_efficiency", prior)
         with self.plate(cells):
             z = pyro.sample("z", StandardNormal(self.encoder.n_latent))

@@ -103,7 +103,8 @@ def test_recorded_steps_are_the_plain_ones(name, recorded):
     assert recorded and "refused" not in recorded, recorded
     assert set(recorded) == {64, len(once.train_indices) % 64} - {0}
     losses = once.history["elbo_train"].to_numpy(), plain.history["elbo_train"].to_numpy()
-    np.testing.assert_allclose(*losses, rtol=1e-3)
+    # Without draws they agree to rounding; with draws, recorded steps have random numbers of their own.
+    np.testing.assert_allclose(*losses, rtol=1e-5 if name == "NoLatent" else 0.02)
     assert losses[0][-1] < losses[0][0]
 
 
