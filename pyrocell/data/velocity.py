@@ -164,4 +164,5 @@ def _check_counts(counts: sparse.csr_matrix, key: str) -> None:
 
 
 def _dense(block: Any) -> np.ndarray:
-    return np.asarray(block.todense() if sparse.issparse(block) else block, dtype=np.float64)
+    to_array = getattr(block, "toarray", None)  # of any sparse matrix or array
+    return np.asarray(block if to_array is None else to_array(), dtype=np.float64)

@@ -191,8 +191,11 @@ class VELOVI(CellModel):
     @property
     def rates(self) -> Rates:
         """Rates of each gene, per unit of time, for abundances on a scale from 0 to 1."""
-        raw = (self.alpha_raw, self.beta_raw, self.gamma_raw, self.alpha_start_raw, self.kappa_raw)
-        return Rates(*(None if part is None else _positive(part, _LARGEST_RATE) for part in raw))
+        rates = [_positive(raw, _LARGEST_RATE) for raw in (self.alpha_raw, self.beta_raw, self.gamma_raw)]
+        for raw in (self.alpha_start_raw, self.kappa_raw):
+            if raw is not None:
+                rates.append(_positive(raw, _LARGEST_RATE))
+        return Rates(*rates)
 
     @property
     def switch_time(self) -> torch.Tensor:
@@ -208,7 +211,7 @@ class VELOVI(CellModel):
             pi = pyro.sample("pi", prior.to_event(1), infer=NO_WARMUP)
             phases = Phases.at(self.rates, self.switch_time, self.t_max, self.decoder(z))
             name_kinetics(phases, pi)
-            weights = pi.log().unbind(-1)
+            weights = list(pi.log().unbind(-1))
             s = NormalMixture(weights, phases.spliced, [sd_s, sd_s, sd_s, _QUIET * sd_s])
             if self.state_coupling == "joint":  # what s has said of the state holds for u
                 weights = s.log_weights_given(cells.spliced)
