@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pyrocell
 def _set_up(name: str, adata: anndata.AnnData) -> Any:
     model_class = getattr(pyrocell, name)
     arguments: dict[str, Any] = {"batch_key": "batch"}
+    if name == "VELOVI":
+        arguments = {"spliced_layer": "Ms", "unspliced_layer": "Mu"}
     if name == "SCANVI":
         arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
     if name == "TOTALVI":
@@ -34,7 +37,8 @@ def main() -> None:
     pyrocell.settings.device = "cpu"
     pyrocell.settings.seed = job["seed"]
     model = _set_up(job["model"], anndata.read_h5ad(job["data"]))
-    plan = pyrocell.TrainingPlan()  # no learning-rate plateau, which needs a validation in each epoch
+    # No learning-rate plateau, which needs a validation in each epoch.
+    plan = replace(model.default_plan, lr_plateau=False)
     model.train(job["epochs"], batch_size=job["batch_size"], early_stopping=False, plan=plan)
     print(RESULT + json.dumps({"epoch_seconds": [float(s) for s in model.history["seconds"]]}), flush=True)
 

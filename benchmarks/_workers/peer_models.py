@@ -13,6 +13,7 @@ from typing import Any
 import anndata
 import lightning.pytorch
 import scvi
+import scvi.external
 import torch
 from common import RESULT
 
@@ -35,8 +36,10 @@ class StopWatch(lightning.pytorch.Callback):
 
 
 def _set_up(name: str, adata: anndata.AnnData) -> Any:
-    model_class = getattr(scvi.model, name)
+    model_class = getattr(scvi.external if name == "VELOVI" else scvi.model, name)
     arguments: dict[str, Any] = {"batch_key": "batch"}
+    if name == "VELOVI":
+        arguments = {"spliced_layer": "Ms", "unspliced_layer": "Mu"}
     if name == "SCANVI":
         arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
     if name == "TOTALVI":

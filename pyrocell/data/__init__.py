@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyrocell.data.abundances import Abundances
 from pyrocell.data.accessibility import Accessibility
 from pyrocell.data.base import Argument, Field, Frozen, Reader, column_reader, tensor_like
 from pyrocell.data.categories import Categories, Category
@@ -14,14 +15,18 @@ from pyrocell.data.registration import make_setup_anndata, make_setup_mudata, re
 from pyrocell.data.schema import Schema
 from pyrocell.data.simulate import simulate_scvi, synthetic_iid
 from pyrocell.data.slots import Slots
+from pyrocell.data.velocity import filter_velocity_genes, smooth_velocity_layers
 
 # Data to start from, fields, how data are read, and what a new kind of field is made of.
 __all__ = [  # noqa: RUF022
     "pbmc68k",
     "synthetic_iid",
     "simulate_scvi",
+    "smooth_velocity_layers",
+    "filter_velocity_genes",
     "Counts",
     "Accessibility",
+    "Abundances",
     "Category",
     "Categories",
     "Continuous",

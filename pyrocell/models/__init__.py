@@ -8,5 +8,6 @@ from pyrocell.models.peakvi import PEAKVI
 from pyrocell.models.scanvi import SCANVI
 from pyrocell.models.scvi import SCVI
 from pyrocell.models.totalvi import TOTALVI
+from pyrocell.models.velovi import VELOVI
 
-__all__ = ["PEAKVI", "SCANVI", "SCVI", "TOTALVI", "CellModel", "ClassifierOptions"]
+__all__ = ["PEAKVI", "SCANVI", "SCVI", "TOTALVI", "VELOVI", "CellModel", "ClassifierOptions"]

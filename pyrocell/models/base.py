@@ -14,6 +14,7 @@ from pyrocell.models.proteins import ProteinQueries
 from pyrocell.models.regions import Regions
 from pyrocell.models.roles import verbs
 from pyrocell.models.training import Training
+from pyrocell.models.velocity_checks import VelocityChecks
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["CellModel"]
 
 
-class CellModel(Training, Assessments, Regions, ProteinQueries, Comparisons, ReferenceMapping):
+class CellModel(
+    Training, Assessments, Regions, ProteinQueries, VelocityChecks, Comparisons, ReferenceMapping
+):
     """Base of all models: a Pyro model and guide over cells, and everything that users do with them.
 
     A model is a subclass with data fields as class attributes, a constructor that assigns its parts, a method

@@ -52,6 +52,8 @@ class ModelCore(metaclass=ModelMeta):
     background_site: ClassVar[str | None] = None
     depth_site: ClassVar[str | None] = None
     region_site: ClassVar[str | None] = None
+    velocity_site: ClassVar[str | None] = None
+    """Site of the velocity of spliced RNA; beside it lie those that `name_kinetics` names."""
     expression_sites: ClassVar[dict[str, str]] = {}
     """Sites of denoised values, each with the field whose features it is over; `expression_site` is the first."""
     denoised_sites: ClassVar[dict[str, str]] = {}

@@ -9,6 +9,7 @@ from pyrocell.nn.covariates import Covariates, InjectedLinear
 from pyrocell.nn.decoders import DecoderOutput, ProfileDecoder
 from pyrocell.nn.encoders import GaussianEncoder
 from pyrocell.nn.features import FeatureLinear, select_features
+from pyrocell.nn.kinetics import KineticDecoder, Rates, divided_difference, induction, repression
 from pyrocell.nn.mlp import MLP
 from pyrocell.nn.proteins import ProteinDecoder, ProteinOutput, SkipDecoder
 
@@ -22,12 +23,17 @@ __all__ = [
     "FeatureLinear",
     "GaussianEncoder",
     "InjectedLinear",
+    "KineticDecoder",
     "ProfileDecoder",
     "ProteinDecoder",
     "ProteinOutput",
+    "Rates",
     "RegionDecoder",
     "RegionEncoder",
     "SkipDecoder",
+    "divided_difference",
+    "induction",
+    "repression",
     "reverse_gradient",
     "select_features",
 ]

@@ -44,6 +44,8 @@ def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None)
         "get_protein_expression": {"sample_protein_mixing": True, "return_mean": False, "n_samples": 2},
         "get_protein_foreground_probability": {},
         "get_protein_background_mean": {},
+        "get_velocity": {"n_samples": 2, "return_numpy": True},
+        "get_latent_time": {"return_numpy": True},
         "posterior_predictive_sample": {},
         "get_elbo": {"return_mean": False},
         "get_reconstruction_error": {"return_mean": False},

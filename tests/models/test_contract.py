@@ -11,6 +11,7 @@ import pyrocell
 from pyrocell.data import synthetic_iid
 from pyrocell.models.labels import ClassifierOptions
 from pyrocell.testing import CHECKS, ModelCase, check_model, run_check
+from tests.models import test_velovi
 from tests.models.zoo import BatchVAE, NoLatent, PoissonFactors
 
 N_GENES = 30
@@ -43,6 +44,11 @@ def small_regions():
     return adata
 
 
+def small_kinetics():
+    """Genes that are switched on, then off, at times of their own, in cells along one time axis."""
+    return test_velovi.simulate(n_cells=160, n_genes=N_GENES)[0]
+
+
 def partly_labelled():
     """Two of three cells without a label."""
     adata = small_data()
@@ -61,6 +67,9 @@ PROTEINS = {
 }
 PROTEIN_SITES = dict.fromkeys(
     ["log_beta", "background", "foreground_probability", "protein", "protein_total_sampled", "y"], (12,)
+)
+SITES_OF_KINETICS = {"z": (4,), "pi": (N_GENES, 4)} | dict.fromkeys(
+    ["velocity", "velocity_max", "velocity_unspliced", "latent_time", "fit_spliced", "s", "u"], (N_GENES,)
 )
 SITES_OF_REGIONS = {"z": (4,), "accessibility": (N_GENES,), "depth": (1,), "x": (N_GENES,)}
 COVARIATES = {
@@ -129,6 +138,14 @@ CASES = {
         | {"latent_distribution": "ln", "encode_covariates": True, "model_depth": False}
         | {"region_factors": False, "kl_weight": 0.1},
         SITES_OF_REGIONS | {"w": (4,)},
+    ),
+    "VELOVI": ModelCase(pyrocell.VELOVI, small_kinetics, test_velovi.LAYERS, SMALL, SITES_OF_KINETICS),
+    "VELOVI-linear-separate": ModelCase(
+        pyrocell.VELOVI,
+        small_kinetics,
+        test_velovi.LAYERS,
+        SMALL | {"linear_decoder": True, "state_coupling": "separate", "time_dependent_transcription": True},
+        SITES_OF_KINETICS,
     ),
     "SCANVI": ModelCase(
         pyrocell.SCANVI, partly_labelled, LABELS | {"batch_key": "batch"}, SMALL, LABEL_SITES
