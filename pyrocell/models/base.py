@@ -10,6 +10,7 @@ from pyrocell.models.assessments import Assessments
 from pyrocell.models.comparisons import Comparisons
 from pyrocell.models.mapping import ReferenceMapping
 from pyrocell.models.packing import shortened
+from pyrocell.models.projections import Projections
 from pyrocell.models.proteins import ProteinQueries
 from pyrocell.models.regions import Regions
 from pyrocell.models.roles import verbs
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["CellModel"]
 
 
-class CellModel(Training, Assessments, Regions, ProteinQueries, Comparisons, ReferenceMapping):
+class CellModel(Training, Assessments, Regions, ProteinQueries, Comparisons, Projections, ReferenceMapping):
     """Base of all models: a Pyro model and guide over cells, and everything that users do with them.
 
     A model is a subclass with data fields as class attributes, a constructor that assigns its parts, a method
