@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyrocell import data, distributions, errors, infer, models, nn, plotting, report, settings, testing
     from pyrocell.infer import DifferentialOptions, TrainingPlan
-    from pyrocell.models import PEAKVI, SCANVI, SCVI, TOTALVI, CellModel
+    from pyrocell.models import PEAKVI, SCANVI, SCVI, TOTALVI, CellModel, Tangram, TangramWeights
 
 __version__ = "0.1.0"
 
@@ -21,8 +21,10 @@ _OBJECTS = {
     "SCANVI": "pyrocell.models",
     "TOTALVI": "pyrocell.models",
     "PEAKVI": "pyrocell.models",
+    "Tangram": "pyrocell.models",
     "CellModel": "pyrocell.models",
     "ClassifierOptions": "pyrocell.models",
+    "TangramWeights": "pyrocell.models",
     "TrainingPlan": "pyrocell.infer",
     "DifferentialOptions": "pyrocell.infer",
 }
@@ -45,8 +47,10 @@ __all__ = [  # noqa: RUF022
     "SCANVI",
     "TOTALVI",
     "PEAKVI",
+    "Tangram",
     "CellModel",
     "ClassifierOptions",
+    "TangramWeights",
     "TrainingPlan",
     "DifferentialOptions",
     "data",

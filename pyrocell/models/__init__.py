@@ -7,6 +7,17 @@ from pyrocell.models.labels import ClassifierOptions
 from pyrocell.models.peakvi import PEAKVI
 from pyrocell.models.scanvi import SCANVI
 from pyrocell.models.scvi import SCVI
+from pyrocell.models.tangram import Tangram
+from pyrocell.models.terms import TangramWeights
 from pyrocell.models.totalvi import TOTALVI
 
-__all__ = ["PEAKVI", "SCANVI", "SCVI", "TOTALVI", "CellModel", "ClassifierOptions"]
+__all__ = [
+    "PEAKVI",
+    "SCANVI",
+    "SCVI",
+    "TOTALVI",
+    "CellModel",
+    "ClassifierOptions",
+    "Tangram",
+    "TangramWeights",
+]
