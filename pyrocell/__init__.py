@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyrocell import data, distributions, errors, infer, models, nn, plotting, report, settings, testing
     from pyrocell.infer import DifferentialOptions, TrainingPlan
-    from pyrocell.models import PEAKVI, SCANVI, SCVI, TOTALVI, VELOVI, CellModel
+    from pyrocell.models import PEAKVI, SCANVI, SCVI, TOTALVI, VELOVI, CellModel, Tangram, TangramWeights
 
 __version__ = "0.1.0"
 
@@ -22,8 +22,10 @@ _OBJECTS = {
     "TOTALVI": "pyrocell.models",
     "PEAKVI": "pyrocell.models",
     "VELOVI": "pyrocell.models",
+    "Tangram": "pyrocell.models",
     "CellModel": "pyrocell.models",
     "ClassifierOptions": "pyrocell.models",
+    "TangramWeights": "pyrocell.models",
     "TrainingPlan": "pyrocell.infer",
     "DifferentialOptions": "pyrocell.infer",
 }
@@ -47,8 +49,10 @@ __all__ = [  # noqa: RUF022
     "TOTALVI",
     "PEAKVI",
     "VELOVI",
+    "Tangram",
     "CellModel",
     "ClassifierOptions",
+    "TangramWeights",
     "TrainingPlan",
     "DifferentialOptions",
     "data",

@@ -81,14 +81,19 @@ class Counts(Field):
         _check_feature_names(slots)
         names = [str(name) for name in slots.feature_names]
         totals = self._check(slots, setup, slots.matrix(setup[self.argument]), names)
+        if self.absent_ok:
+            require_measured(self, totals)
+        return Frozen(self.over({"given": True}, names), totals=totals)
+
+    def over(self, record: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+        """Return a record of the field over other features."""
         cells = {
             self.name: tensor_like("float32", len(names), fill=1),
             self.library: tensor_like("float32", 1, fill=len(names)),
         }
         if self.absent_ok:
-            require_measured(self, totals)
             cells[self.mask] = tensor_like("bool", fill=1)
-        return Frozen({"given": True, "names": names, "cells": cells}, totals=totals)
+        return {**record, "names": names, "cells": cells}
 
     def open(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Reader:
         """Align the features by name; more features than recorded are ignored."""

@@ -201,6 +201,10 @@ class Dataset:
         """Columns about the cells: ``adata.obs``, or ``mdata.obs`` with the columns that one modality alone has."""
         return self._slots.obs
 
+    def features(self, field: str) -> list[str]:
+        """Return the names of all features that the data have for a field, also of those that the model ignores."""
+        return [str(name) for name in self._slots.of(field).feature_names]
+
     def __repr__(self) -> str:
         return f"Dataset of {self.n_cells} cells\n{self.schema}"
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyrocell.data import preflight
 from pyrocell.data.base import Field, Frozen, named_fields
+from pyrocell.data.fields import Counts
 from pyrocell.data.registration import complete_setup
 from pyrocell.data.slots import open_slots, what_there_is
 from pyrocell.errors import DataError, LoadError, QueryError, SetupError, list_some
@@ -118,6 +119,19 @@ class Schema:
             setup=complete,
             statistics=_further_moments(self.statistics, found),
         )
+
+    def over(self, field: Counts, features: Sequence[str]) -> Schema:
+        """Return this schema with other features of a field of counts: data seen through it show these alone.
+
+        Parameters
+        ----------
+        field
+            The field, as the model has it.
+        features
+            Their names.
+        """
+        record = field.over(self.record(field.name), list(features))
+        return replace(self, fields={**self.fields, field.name: record})
 
     def record(self, name: str) -> dict[str, Any]:
         """Return what is recorded of a field."""

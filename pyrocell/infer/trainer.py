@@ -225,9 +225,10 @@ class Trainer:
     def _finish_epoch(self, row: dict[str, float]) -> None:
         self.progress.rows.append(row)
         self.progress.epoch += 1
-        snapshot = self._snapshot()  # skipped steps left no trace in it
-        if all(bool(t.isfinite().all()) for t in snapshot.values()):
-            self._last_finite = snapshot
+        state = self.module.state_dict()  # skipped steps left no trace in it
+        if all(bool(t.isfinite().all()) for t in state.values()):
+            for name, t in state.items():  # into the memory of the last one: parameters may be large
+                self._last_finite[name].copy_(t)
         if self.plan.checkpoint is not None and (
             self.progress.epoch % self.plan.checkpoint_every == 0 or self.progress.epoch == self.max_epochs
         ):

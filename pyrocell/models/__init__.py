@@ -7,7 +7,19 @@ from pyrocell.models.labels import ClassifierOptions
 from pyrocell.models.peakvi import PEAKVI
 from pyrocell.models.scanvi import SCANVI
 from pyrocell.models.scvi import SCVI
+from pyrocell.models.tangram import Tangram
+from pyrocell.models.terms import TangramWeights
 from pyrocell.models.totalvi import TOTALVI
 from pyrocell.models.velovi import VELOVI
 
-__all__ = ["PEAKVI", "SCANVI", "SCVI", "TOTALVI", "VELOVI", "CellModel", "ClassifierOptions"]
+__all__ = [
+    "PEAKVI",
+    "SCANVI",
+    "SCVI",
+    "TOTALVI",
+    "VELOVI",
+    "CellModel",
+    "ClassifierOptions",
+    "Tangram",
+    "TangramWeights",
+]

@@ -16,6 +16,7 @@ from pyrocell.infer.likelihood import log_marginal
 from pyrocell.models.asking import Question
 from pyrocell.models.chosen import chosen_features, measured_in
 from pyrocell.models.queries import Indices, Names, Queries
+from pyrocell.models.roles import needs
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,6 +29,7 @@ Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 class Assessments(Queries):
     """Mix-in of `CellModel`: likelihoods and predictions; arguments as in `Queries`."""
 
+    @needs("observed_site")
     def posterior_predictive_sample(
         self,
         adata: AnnData | None = None,
@@ -64,6 +66,7 @@ class Assessments(Queries):
                 result[which, place] = drawn[..., list(wanted)].cpu().numpy()
         return result[0] if n_samples == 1 else result
 
+    @needs("observed_site")
     def posterior_predictive_check(
         self,
         adata: AnnData | None = None,
@@ -105,6 +108,7 @@ class Assessments(Queries):
         results = {field: part.result() for field, part in parts.items()}
         return results[self.feature_field] if len(parts) == 1 else replace(whole.result(), parts=results)
 
+    @needs("observed_site")
     def get_likelihood_parameters(
         self,
         adata: AnnData | None = None,
@@ -142,6 +146,7 @@ class Assessments(Queries):
             found |= {f"{field}_{name}" if found else name: value for name, value in table.items()}
         return found
 
+    @needs("observed_site")
     def get_elbo(
         self,
         adata: AnnData | None = None,
@@ -166,6 +171,7 @@ class Assessments(Queries):
         values = self._per_cell(adata, indices, batch_size, _negative_elbo)
         return float(-values.mean()) if return_mean else -values
 
+    @needs("observed_site")
     def get_reconstruction_error(
         self,
         adata: AnnData | None = None,
@@ -190,6 +196,7 @@ class Assessments(Queries):
         values = self._per_cell(adata, indices, batch_size, lambda terms: terms.reconstruction)
         return float(values.mean()) if return_mean else values
 
+    @needs("observed_site")
     def get_marginal_ll(
         self,
         adata: AnnData | None = None,

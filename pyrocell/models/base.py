@@ -10,6 +10,7 @@ from pyrocell.models.assessments import Assessments
 from pyrocell.models.comparisons import Comparisons
 from pyrocell.models.mapping import ReferenceMapping
 from pyrocell.models.packing import shortened
+from pyrocell.models.projections import Projections
 from pyrocell.models.proteins import ProteinQueries
 from pyrocell.models.regions import Regions
 from pyrocell.models.roles import verbs
@@ -23,7 +24,14 @@ __all__ = ["CellModel"]
 
 
 class CellModel(
-    Training, Assessments, Regions, ProteinQueries, VelocityChecks, Comparisons, ReferenceMapping
+    Training,
+    Assessments,
+    Regions,
+    ProteinQueries,
+    VelocityChecks,
+    Comparisons,
+    Projections,
+    ReferenceMapping,
 ):
     """Base of all models: a Pyro model and guide over cells, and everything that users do with them.
 

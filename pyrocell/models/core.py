@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,6 +54,11 @@ class ModelCore(metaclass=ModelMeta):
     region_site: ClassVar[str | None] = None
     velocity_site: ClassVar[str | None] = None
     """Site of the velocity of spliced RNA; beside it lie those that `name_kinetics` names."""
+    mapping_site: ClassVar[str | None] = None
+    """Site of the shares of some places, named ``place_names``, in each cell."""
+    weight_site: ClassVar[str | None] = None
+    scale_site: ClassVar[str | None] = None
+    """Sites of how much a cell counts at its places, and of what its counts are multiplied by there."""
     expression_sites: ClassVar[dict[str, str]] = {}
     """Sites of denoised values, each with the field whose features it is over; `expression_site` is the first."""
     denoised_sites: ClassVar[dict[str, str]] = {}
@@ -61,13 +66,16 @@ class ModelCore(metaclass=ModelMeta):
     pseudocounts: ClassVar[dict[str, float]] = {}
     """For a field, what is added to both sides of its fold changes; by default that is learned from the counts."""
     observed_sites: ClassVar[dict[str, str]] = {"x": "counts"}
-    """Observed sites, each with the field that it is over."""
-    observed_site: ClassVar[str] = "x"
+    """Observed sites, each with the field that it is over; none in a model without a likelihood."""
+    observed_site: ClassVar[str | None] = "x"
     """The first of the observed sites, and below its field."""
     feature_field: ClassVar[str] = "counts"
     library_site: ClassVar[str | None] = None
     max_plate_nesting: ClassVar[int] = 1
     full_batch: ClassVar[bool] = False
+    """Whether the loss couples all cells, so that every step needs all of them."""
+    cell_parameters: tuple[str, ...] = ()
+    """Parameters with a row for each cell of the training data, in their order; a constructor may say which."""
     batch_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters, buffers and parts (beside those of `InjectedLinear`) that grow with the categories of a query."""
     max_epochs_cap: ClassVar[int] = 400
@@ -90,8 +98,10 @@ class ModelCore(metaclass=ModelMeta):
         """Let a class name one site of a kind, or several."""
         super().__init_subclass__()
         if "observed_sites" not in vars(cls) and {"observed_site", "feature_field"} & set(vars(cls)):
-            cls.observed_sites = {cls.observed_site: cls.feature_field}
-        cls.observed_site, cls.feature_field = next(iter(cls.observed_sites.items()))
+            cls.observed_sites = {str(cls.observed_site): cls.feature_field}
+        cls.observed_site, cls.feature_field = next(
+            iter(cls.observed_sites.items()), (None, cls.feature_field)
+        )
         if "expression_sites" in vars(cls):
             cls.expression_site = next(iter(cls.expression_sites))
         elif cls.expression_site not in cls.expression_sites:
@@ -126,9 +136,21 @@ class ModelCore(metaclass=ModelMeta):
             self.require_same_cells(dataset)
         self.dataset, self._seen = dataset, self._fingerprint(dataset)
 
-    def _seen_through_schema(self, adata: AnnData | MuData, *, check: bool = True) -> Dataset:
+    def restrict_features(self, field: str, features: Sequence[str]) -> None:
+        """Read some features of a field alone, from now on; to be called in a constructor.
+
+        The data may have many more, which the model ignores: they are never held in memory together.
+        """
+        if list(features) != self.data.names(field):
+            self.data = self.data.over(self.fields[field], features)
+            if self.dataset is not None:
+                self.attach(self.dataset.adata)
+
+    def _seen_through_schema(
+        self, adata: AnnData | MuData, *, check: bool = True, schema: Schema | None = None
+    ) -> Dataset:
         setup = setup_of(adata, self.data.setup, self.fields, type(self).__name__)
-        return Dataset(adata, self.data, self.fields, check=check, setup=setup)
+        return Dataset(adata, self.data if schema is None else schema, self.fields, check=check, setup=setup)
 
     def model(self, cells: Cells) -> None:
         """Describe how the cells came about: a Pyro model over ``self.plate(cells)``."""
@@ -142,11 +164,11 @@ class ModelCore(metaclass=ModelMeta):
         """Complete the construction: an automatic guide if there is none, and one checked run of both programs."""
         cells = prototype_cells(self.data)
         self._is_bayesian = any(getattr(part, "_pyro_samples", None) for part in self.module.modules())
-        self.has_local_parameters = False
+        self.has_local_parameters = bool(self.cell_parameters)
         if not hasattr(type(self), "guide"):
             self.module.autoguide = AutoNormal(self._program(self.model), create_plates=self.plate)
             trace = poutine.trace(self.module.autoguide).get_trace(cells)
-            self.has_local_parameters = any(
+            self.has_local_parameters |= any(
                 is_latent(site) and is_local(site) for site in trace.nodes.values()
             )
         names = () if self.dataset is None else self.dataset.obs_names
@@ -221,7 +243,8 @@ class ModelCore(metaclass=ModelMeta):
         names = dataset.adata.obs_names
         known = len(names) == dataset.n_cells and names.equals(dataset.obs_names)
         first = dataset.cells(np.arange(min(64, dataset.n_cells)))
-        totals = [getattr(first, field).sum(-1).numpy() for field in self.observed_sites.values()]
+        counted = dict.fromkeys([self.feature_field, *self.observed_sites.values()])
+        totals = [getattr(first, field).sum(-1).numpy() for field in counted]
         return np.concatenate([*totals, [known]])
 
     def require_same_cells(self, other: Dataset) -> None:

@@ -24,7 +24,7 @@ __all__ = ["ReferenceMapping"]
 class ReferenceMapping(Novelty):
     """Mix-in of `CellModel`: queries mapped onto a reference."""
 
-    @needs("guide")
+    @needs("guide", "observed_site")
     @classmethod
     def load_query_data(cls, adata: AnnData, reference: Novelty | str | Path, *, frozen: bool = True) -> Any:
         """Make a model of a query, with the parameters of a fitted reference and room for what is new in the query.

@@ -56,11 +56,23 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], name: str = "constructor"
         return _pack_labelled(value, tensors, name)
     if isinstance(value, pd.DataFrame):
         parts = {"columns": value.columns, "index": value.index}
+        labels = {part: pack(index, tensors, f"{name}.{part}") for part, index in parts.items()}
+        if _is_block(value):
+            return {
+                _KIND: "frame",
+                "block": _pack_array(value.to_numpy(), tensors, f"{name}.block"),
+                **labels,
+            }
         columns = [value.iloc[:, i].array for i in range(value.shape[1])]
         packed = [_pack_values(column, tensors, f"{name}.{i}") for i, column in enumerate(columns)]
-        labels = {part: pack(index, tensors, f"{name}.{part}") for part, index in parts.items()}
         return {_KIND: "frame", "values": packed, **labels}
     raise _cannot(name, type(value).__name__)
+
+
+def _is_block(frame: pd.DataFrame) -> bool:
+    """Whether all columns are numbers of one type: thousands of genes make one array."""
+    kinds = set(frame.dtypes)
+    return len(kinds) == 1 and all(isinstance(kind, np.dtype) and kind.kind in "biuf" for kind in kinds)
 
 
 def _cannot(name: str, what: object) -> TypeError:
@@ -160,6 +172,8 @@ def _unpack_kind(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) ->
         return pd.Series(unpack(values, tensors), unpack(packed["index"], tensors), name=packed["name"])
     if kind == "frame":
         columns, index = unpack(packed["columns"], tensors), unpack(packed["index"], tensors)
+        if "block" in packed:
+            return pd.DataFrame(unpack(packed["block"], tensors), index=index, columns=columns)
         frame = pd.DataFrame(
             {i: unpack(column, tensors) for i, column in enumerate(packed["values"])}, index=index
         )

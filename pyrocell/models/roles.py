@@ -25,6 +25,7 @@ _PLUMBING = frozenset(
         "require_data",
         "require_same_cells",
         "require_trained",
+        "restrict_features",
         "running",
     }
 )

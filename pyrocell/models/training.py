@@ -25,6 +25,8 @@ from pyrocell.models.core import ModelCore
 
 __all__ = ["Training"]
 
+Minibatches = Callable[[np.random.Generator | None], Iterator[Population]]
+
 
 class Training(ModelCore):
     """Mix-in of `CellModel`: training and its record."""
@@ -55,7 +57,8 @@ class Training(ModelCore):
         lr
             Learning rate; by default the class's ``default_lr`` (1e-3 unless its page says otherwise).
         batch_size
-            Cells in a minibatch; by default the class's ``default_batch_size`` (128).
+            Cells in a minibatch; by default the class's ``default_batch_size`` (128). A model whose loss couples all
+            cells takes none.
         train_size, validation_size
             Fractions of the cells to train on and to validate on; by default the class's ``default_train_size`` (0.9
             unless its page says otherwise), and the rest.
@@ -79,11 +82,13 @@ class Training(ModelCore):
             If the options are impossible, or after repeated non-finite steps.
         """
         plan = self.default_plan if plan is None else plan
+        if self.full_batch:
+            self._refuse_parts(plan, batch_size, train_size, validation_size, early_stopping=early_stopping)
         lr = self.default_lr if lr is None else lr
         dataset = self.require_data(None)
         training, validation = self._split(plan, train_size, validation_size)
         n_train = len(training)
-        max_epochs = default_max_epochs(n_train, self.max_epochs_cap) if max_epochs is None else max_epochs
+        max_epochs = self._default_epochs(n_train) if max_epochs is None else max_epochs
         batch_size = self.default_batch_size if batch_size is None else batch_size
         batch_size = n_train if self.full_batch else batch_size
         _check_numbers(max_epochs, batch_size, lr, n_epochs_kl_warmup)
@@ -93,7 +98,7 @@ class Training(ModelCore):
         where = _device(device)
         self.train_indices, self.validation_indices = training, validation  # a refused call changes nothing
         self.module.to(where)
-        minibatches = _minibatches_of(dataset, batch_size, where, n_total=n_train)
+        minibatches = _minibatches_of(dataset, batch_size, where, n_total=n_train, keep=self.full_batch)
         with self.running():
             trainer = Trainer(
                 self.elbo(),
@@ -119,6 +124,34 @@ class Training(ModelCore):
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
 
+    def _default_epochs(self, n_train: int) -> int:
+        """Return the length of training; an epoch of all cells at once is one step, however many there are."""
+        return self.max_epochs_cap if self.full_batch else default_max_epochs(n_train, self.max_epochs_cap)
+
+    def _refuse_parts(
+        self,
+        plan: TrainingPlan,
+        batch_size: int | None,
+        train_size: float | None,
+        validation_size: float | None,
+        *,
+        early_stopping: bool | None,
+    ) -> None:
+        """Refuse options that leave cells out of a step, where the loss couples all cells."""
+        asked = {
+            "batch_size": batch_size is not None,
+            "train_size": train_size not in (None, 1),
+            "validation_size": validation_size not in (None, 0),
+            "early_stopping": bool(early_stopping),
+            "TrainingPlan.train_indices": plan.train_indices is not None,
+        }
+        if wrong := [name for name, is_asked in asked.items() if is_asked]:
+            raise TrainingError(
+                f"{type(self).__name__} was asked for {list_some(wrong)}; its loss is one of all cells together, so "
+                "every step sees them all and none can be held out. Leave it out; to learn from fewer cells, make the "
+                "model with fewer."
+            )
+
     def _stops_early(self, *, asked: bool | None, n_validation: int) -> bool:
         """Return whether to stop early: as asked, or as the class does where there are cells to judge by."""
         if asked and n_validation == 0:
@@ -137,7 +170,9 @@ class Training(ModelCore):
         n_cells = self.require_data(None).n_cells
         train_size = self.default_train_size if train_size is None else train_size
         nobody = np.array([], dtype=np.int64)
-        if self.has_local_parameters:  # a cell that was not trained on would have an untrained posterior
+        if (
+            self.has_local_parameters or self.full_batch
+        ):  # a cell that was not trained on would have an untrained posterior
             return np.arange(n_cells), nobody
         if plan.train_indices is None:
             rng = np.random.default_rng([self.stream.seed, n_cells])
@@ -168,12 +203,12 @@ class Training(ModelCore):
 
 
 def _minibatches_of(
-    dataset: Dataset, batch_size: int, device: torch.device, *, n_total: int
-) -> Callable[[np.ndarray], Callable[[np.random.Generator | None], Iterator[Population]]]:
-    """Return a function from rows to their minibatches, of which each call shuffles them anew."""
+    dataset: Dataset, batch_size: int, device: torch.device, *, n_total: int, keep: bool
+) -> Callable[[np.ndarray], Minibatches]:
+    """Return a function from rows to their minibatches; each call shuffles them anew, or keeps those of the first."""
     resident = resident_on(dataset, device)
 
-    def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Population]]:
+    def minibatches(rows: np.ndarray) -> Minibatches:
         def one_epoch(rng: np.random.Generator | None) -> Iterator[Population]:
             # One minibatch of all cells keeps their order: Pyro then takes parameters of cells as they lie.
             order = rng if len(rows) > batch_size else None
@@ -181,9 +216,15 @@ def _minibatches_of(
                 return resident.minibatches(rows, batch_size, rng=order, n_total=n_total)
             return dataset.minibatches(rows, batch_size, rng=order, device=device, n_total=n_total)
 
-        return one_epoch
+        return _read_once(one_epoch) if keep else one_epoch
 
     return minibatches
+
+
+def _read_once(one_epoch: Minibatches) -> Minibatches:
+    """Keep the minibatches of an epoch, which are the same at each."""
+    kept = list(one_epoch(None))
+    return lambda _: iter(kept)
 
 
 def _check_numbers(max_epochs: float, batch_size: float, lr: float, warmup: float | None) -> None:

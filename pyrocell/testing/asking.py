@@ -56,8 +56,13 @@ def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None)
             answer = getattr(model, verb)(adata, indices=indices, **options)
             several = answer if isinstance(answer, tuple) else (answer,)  # such as RNA and proteins
             found |= {f"{verb}/{i}" if i else verb: np.asarray(part) for i, part in enumerate(several)}
-    for name, value in model.get_likelihood_parameters(adata, indices=indices).items():
-        found[f"get_likelihood_parameters/{name}"] = value
+    if hasattr(model, "project_genes"):
+        genes = model.data.names(model.feature_field)
+        found["project_genes"] = np.asarray(model.project_genes(adata, gene_list=genes))
+        found["mapping"] = model.posterior(str(model.mapping_site), adata, indices=indices)
+    if hasattr(model, "get_likelihood_parameters"):
+        parameters = model.get_likelihood_parameters(adata, indices=indices)
+        found |= {f"get_likelihood_parameters/{name}": value for name, value in parameters.items()}
     return found
 
 

@@ -87,7 +87,7 @@ class ModelCase:
         try:
             model.train(
                 self.max_epochs if max_epochs is None else max_epochs,
-                batch_size=batch_size,
+                batch_size=None if self.model_class.full_batch else batch_size,
                 n_epochs_kl_warmup=n_epochs_kl_warmup,
                 device="cpu",
                 plan=plan,

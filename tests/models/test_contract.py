@@ -56,6 +56,12 @@ def partly_labelled():
     return adata
 
 
+def small_spots():
+    """Eight spots with most of the genes, and one that the cells lack."""
+    table = synthetic_iid(n_cells=8, n_genes=N_GENES - 4, label_effect=0.5, seed=1).to_df()
+    return table.assign(another=1.0).set_axis([f"spot{v}" for v in range(8)])
+
+
 SMALL = {"n_hidden": 16, "n_latent": 4}
 LABELS = {"labels_key": "type", "unlabeled_category": "Unknown"}
 SITES = {"z": (4,), "rho": (N_GENES,), "mu": (N_GENES,), "size": (1,), "x": (N_GENES,)}
@@ -146,6 +152,34 @@ CASES = {
         test_velovi.LAYERS,
         SMALL | {"linear_decoder": True, "state_coupling": "separate", "time_dependent_transcription": True},
         SITES_OF_KINETICS,
+    ),
+    "Tangram": ModelCase(
+        pyrocell.Tangram,
+        small_data,
+        {"labels_key": "label"},
+        {"spatial": small_spots()},
+        {"mapping": (8,), "weight": (), "scale": (1,)},
+    ),
+    "Tangram-constrained": ModelCase(
+        pyrocell.Tangram,
+        small_data,
+        {},
+        {
+            "spatial": small_spots(),
+            "mode": "constrained",
+            "target_count": 100,
+            "density": [1 / 8] * 8,
+            "weights": pyrocell.TangramWeights(lambda_g2=0.5, lambda_r=0.01),
+            "block_size": 50,
+        },
+        {"mapping": (8,), "weight": (), "scale": (1,)},
+    ),
+    "Tangram-clusters": ModelCase(
+        pyrocell.Tangram,
+        small_data,
+        {"labels_key": "label"},
+        {"spatial": small_spots(), "mode": "clusters", "scale_clusters": False, "density": None},
+        {"mapping": (8,), "weight": (), "scale": (1,)},
     ),
     "SCANVI": ModelCase(
         pyrocell.SCANVI, partly_labelled, LABELS | {"batch_key": "batch"}, SMALL, LABEL_SITES
