@@ -5,11 +5,14 @@ from __future__ import annotations
 from pyrocell.data.accessibility import Accessibility
 from pyrocell.data.base import Argument, Field, Frozen, Reader, column_reader, tensor_like
 from pyrocell.data.datasets import pbmc68k
+from pyrocell.data.dna import add_dna_sequence, encode_dna, read_fasta, shuffle_dna
 from pyrocell.data.fields import Categories, Category, Continuous, Counts, SizeFactor
 from pyrocell.data.minibatch import Cells, Dataset, prototype_cells
+from pyrocell.data.motifs import read_motifs
 from pyrocell.data.proteins import Proteins
 from pyrocell.data.registration import make_setup_anndata, make_setup_mudata, read_setup, setup_of
 from pyrocell.data.schema import Schema
+from pyrocell.data.sequences import CellCategory, DnaSequence
 from pyrocell.data.simulate import simulate_scvi, synthetic_iid
 from pyrocell.data.slots import Slots
 
@@ -18,6 +21,11 @@ __all__ = [  # noqa: RUF022
     "pbmc68k",
     "synthetic_iid",
     "simulate_scvi",
+    "add_dna_sequence",
+    "read_fasta",
+    "encode_dna",
+    "shuffle_dna",
+    "read_motifs",
     "Counts",
     "Accessibility",
     "Category",
@@ -25,6 +33,8 @@ __all__ = [  # noqa: RUF022
     "Continuous",
     "SizeFactor",
     "Proteins",
+    "DnaSequence",
+    "CellCategory",
     "make_setup_anndata",
     "make_setup_mudata",
     "read_setup",

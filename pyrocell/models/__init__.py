@@ -6,7 +6,8 @@ from pyrocell.models.base import CellModel
 from pyrocell.models.labels import ClassifierOptions
 from pyrocell.models.peakvi import PEAKVI
 from pyrocell.models.scanvi import SCANVI
+from pyrocell.models.scbasset import SCBASSET
 from pyrocell.models.scvi import SCVI
 from pyrocell.models.totalvi import TOTALVI
 
-__all__ = ["PEAKVI", "SCANVI", "SCVI", "TOTALVI", "CellModel", "ClassifierOptions"]
+__all__ = ["PEAKVI", "SCANVI", "SCBASSET", "SCVI", "TOTALVI", "CellModel", "ClassifierOptions"]

@@ -141,7 +141,8 @@ class ModelCore(metaclass=ModelMeta):
         cells = prototype_cells(self.data)
         self._is_bayesian = any(getattr(part, "_pyro_samples", None) for part in self.module.modules())
         self.has_local_parameters = False
-        if not hasattr(type(self), "guide"):
+        self.module.eval()
+        if not hasattr(type(self), "guide") and self._has_latents(cells):
             self.module.autoguide = AutoNormal(self._program(self.model), create_plates=self.plate)
             trace = poutine.trace(self.module.autoguide).get_trace(cells)
             self.has_local_parameters = any(
@@ -149,11 +150,16 @@ class ModelCore(metaclass=ModelMeta):
             )
         names = () if self.dataset is None else self.dataset.obs_names
         self.cell_names = list(names) if self.has_local_parameters else []
-        self.module.eval()
         with pyro.validation_enabled(True), torch.no_grad():
             elbo = self.elbo()
             elbo(cells)
         self._classes_of_model_alone = elbo.has_classes_of_model_alone
+
+    def _has_latents(self, cells: Cells) -> bool:
+        """Whether there is anything to infer beside the parameters."""
+        with torch.no_grad():
+            trace: Any = poutine.trace(self._program(self.model)).get_trace(cells)
+        return any(is_latent(site) for site in trace.nodes.values())
 
     def elbo(self) -> Elbo:
         """Return the objective of this model."""
@@ -179,7 +185,9 @@ class ModelCore(metaclass=ModelMeta):
 
     def _guide_program(self) -> Program:
         guide = getattr(type(self), "guide", None)
-        return self.module.autoguide if guide is None else self._program(partial(guide, self))
+        if guide is not None:
+            return self._program(partial(guide, self))
+        return getattr(self.module, "autoguide", _infer_nothing)
 
     def _program(self, run: Program) -> Program:
         """Let a Bayesian module draw each of its weights once a run; others need no such bookkeeping."""
@@ -219,7 +227,7 @@ class ModelCore(metaclass=ModelMeta):
 
     def _fingerprint(self, dataset: Dataset) -> np.ndarray:
         """Return names of cells and some totals, to notice when the data change under the model."""
-        names = dataset.adata.obs_names
+        names = dataset.names_now
         known = len(names) == dataset.n_cells and names.equals(dataset.obs_names)
         first = dataset.cells(np.arange(min(64, dataset.n_cells)))
         totals = [getattr(first, field).sum(-1).numpy() for field in self.observed_sites.values()]
@@ -264,3 +272,7 @@ class ModelCore(metaclass=ModelMeta):
             return getattr(module, name)
         except AttributeError:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}") from None
+
+
+def _infer_nothing(cells: Cells) -> None:
+    """Guide a model without latents."""
