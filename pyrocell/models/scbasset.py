@@ -127,9 +127,16 @@ class SCBASSET(DnaQueries, CellModel):  # type: ignore[misc]  # verbs over cells
             raise SetupError(
                 f"{error}: lower n_repeat_blocks_tower, or add longer sequences (seq_len)."
             ) from error
-        self.cell_embedding = nn.Parameter(torch.randn(n_cells, n_bottleneck_layer))
-        self.cell_bias = nn.Parameter(torch.randn(n_cells))
+        self.cell_embedding = nn.Parameter(torch.randn(n_cells, n_bottleneck_layer) / n_bottleneck_layer**0.5)
+        self.cell_bias = nn.Parameter(self._log_odds())
         self.batch_embedding = nn.Parameter(torch.zeros(n_batch, n_bottleneck_layer)) if n_batch > 1 else None
+
+    def _log_odds(self) -> torch.Tensor:
+        """Return the log odds of an open peak in each cell, to start from; 0 where there are no data to count."""
+        n_open, n_peaks = torch.zeros(self.data.size("accessibility")), 0
+        for peaks in () if self.dataset is None else self.dataset.minibatches(None, 512):
+            n_open, n_peaks = n_open + peaks.accessibility.sum(0), n_peaks + len(peaks)
+        return torch.log((n_open + 0.5) / (n_peaks - n_open + 0.5))
 
     def model(self, peaks: Cells) -> None:
         """Generate the cells in which each peak is seen open from its DNA."""

@@ -43,8 +43,8 @@ def shifted(codes: Tensor, n: int) -> Tensor:
 class _Norm(nn.BatchNorm1d):
     """Batch normalisation that takes a single value for each channel."""
 
-    def __init__(self, n_channels: int) -> None:
-        super().__init__(n_channels, eps=1e-3)
+    def __init__(self, n_channels: int, *, affine: bool = True) -> None:
+        super().__init__(n_channels, eps=1e-3, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, channels) or (B, channels, length) over everything but the channels."""
@@ -134,7 +134,9 @@ class DnaTower(nn.Module):
         )
         self.dense = nn.Linear(left * n_last, n_out, bias=False)
         nn.init.kaiming_normal_(self.dense.weight)
-        self.norm, self.dropout = _Norm(n_out), nn.Dropout(dropout)
+        self.norm = _Norm(n_out)
+        # Mean 0 and variance 1: the mean of a cell's logits is its bias then, and nothing else.
+        self.standard, self.dropout = _Norm(n_out, affine=False), nn.Dropout(dropout)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return embeddings, shape (B, n_out).
@@ -150,7 +152,8 @@ class DnaTower(nn.Module):
 
     def _embed(self, codes: Tensor) -> Tensor:
         x = self.blocks(self.bases[codes.int()].transpose(1, 2))
-        return _activate(self.dropout(self.norm(self.dense(_activate(x.flatten(1))))))
+        embedding = _activate(self.norm(self.dense(_activate(x.flatten(1)))))
+        return self.dropout(self.standard(embedding))
 
     def _augmented(self, codes: Tensor) -> Tensor:
         """Decide on the host, so that the device is not waited for."""
