@@ -14,7 +14,7 @@ import anndata
 import lightning.pytorch
 import scvi
 import torch
-from common import RESULT
+from common import RESULT, SIZES
 
 warnings.filterwarnings("ignore")
 
@@ -35,14 +35,16 @@ class StopWatch(lightning.pytorch.Callback):
 
 
 def _set_up(name: str, adata: anndata.AnnData) -> Any:
-    model_class = getattr(scvi.model, name)
+    model_class = getattr(scvi.model, name, None) or getattr(scvi.external, name)
     arguments: dict[str, Any] = {"batch_key": "batch"}
     if name == "SCANVI":
         arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
     if name == "TOTALVI":
         arguments |= {"protein_expression_obsm_key": "protein_expression"}
+    if name == "SCBASSET":  # it wants the data the other way round
+        adata, arguments = adata.transpose(), arguments | {"dna_code_key": "dna_code"}
     model_class.setup_anndata(adata, **arguments)
-    return model_class(adata)
+    return model_class(adata, **SIZES.get(name, {}))
 
 
 def main() -> None:

@@ -306,7 +306,8 @@ def by_column(matrix: MatrixReader, columns: np.ndarray | None = None) -> Matrix
     columns
         Columns of the turned matrix, that is, rows of ``matrix``, to see, in this order; by default all.
     """
-    blocks = [(start + found.rows, found.cols, found.values) for start, _, found in matrix.blocks()]
+    blocks = [Entries(start + found.rows, found.cols, found.values) for start, _, found in matrix.blocks()]
+    blocks = blocks or [matrix.entries(np.zeros(0, dtype=np.int64))]  # there may be no row at all
     rows, cols, values = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     shape = (matrix.n_cols, matrix.n_rows)
     return _Sparse(*_by_row(sp.csr_matrix((values, (cols, rows)), shape=shape), None, columns))

@@ -23,7 +23,7 @@ __all__ = ["DnaQueries"]
 class DnaQueries(Queries):
     """Mix-in of models whose rows are regions with DNA, and whose columns are cells.
 
-    The model has ``tower``, which embeds DNA, ``cell_embedding`` and ``cell_bias``, and ``_responses``.
+    The model has ``tower``, which embeds DNA, ``cell_bias``, ``_embeddings`` and ``_logits``.
     """
 
     def get_latent_representation(  # type: ignore[override]
@@ -41,7 +41,7 @@ class DnaQueries(Queries):
         ndarray
             Shape ``(n_cells, n_bottleneck_layer)``.
         """
-        return self._of_cells(self.cell_embedding, indices)
+        return self._of_cells(self._embeddings(), indices)
 
     def get_cell_bias(self, *, indices: Indices = None) -> np.ndarray:
         """Return the bias of each cell: the log odds that go with its depth.
@@ -113,8 +113,8 @@ class DnaQueries(Queries):
         result = np.zeros((len(cells), len(question.rows)), dtype=np.float32)
         with self.asking():
             for place, block in question.blocks():
-                responses = self._responses(question.circumstances[0](block).batch)
-                logits = torch.addmm(bias, self.tower(block.dna), responses.T)
+                batch = question.circumstances[0](block).batch
+                logits = self._logits(self.tower(block.dna), batch, bias)
                 result[:, place] = logits.sigmoid().T.cpu().numpy()[cells]
         names = np.array(self.data.names("accessibility"))[cells]
         return result if return_numpy else pd.DataFrame(result, index=names, columns=peaks[question.rows])
@@ -177,7 +177,7 @@ class DnaQueries(Queries):
         sites_rng = rng if sample_sites else None
         with self.asking():
             effects = motif_effects(self, known, sequences, rng=sites_rng, both_strands=both_strands)
-            scores = (self.cell_embedding @ effects.T).cpu().numpy()
+            scores = (self._embeddings() @ effects.T).cpu().numpy()
         if standardize:
             spread = scores.std(0)
             scores = (scores - scores.mean(0)) / np.where(spread > 0, spread, 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyro
 import torch
 from torch import nn
 
-from pyrocell.data import Accessibility, CellCategory, Cells, DnaSequence
+from pyrocell.data import Accessibility, CellCategory, Cells, DnaSequence, prototype_cells
 from pyrocell.distributions import ScaledBernoulli
 from pyrocell.errors import SetupError
 from pyrocell.infer.effects import lazy_deterministic
@@ -130,6 +131,14 @@ class SCBASSET(DnaQueries, CellModel):  # type: ignore[misc]  # verbs over cells
         self.cell_embedding = nn.Parameter(torch.randn(n_cells, n_bottleneck_layer) / n_bottleneck_layer**0.5)
         self.cell_bias = nn.Parameter(self._log_odds())
         self.batch_embedding = nn.Parameter(torch.zeros(n_batch, n_bottleneck_layer)) if n_batch > 1 else None
+        self.own_batch = self._own_batch()
+
+    def _own_batch(self) -> torch.Tensor:
+        """Return the batch of each cell, whichever batch is asked for; a model that is loaded has it in its file."""
+        peaks = (
+            prototype_cells(self.data, 1) if self.dataset is None else self.dataset.cells(np.zeros(1, int))
+        )
+        return peaks.batch
 
     def _log_odds(self) -> torch.Tensor:
         """Return the log odds of an open peak in each cell, to start from; 0 where there are no data to count."""
@@ -140,19 +149,29 @@ class SCBASSET(DnaQueries, CellModel):  # type: ignore[misc]  # verbs over cells
 
     def model(self, peaks: Cells) -> None:
         """Generate the cells in which each peak is seen open from its DNA."""
-        lazy_deterministic("cell_embedding", lambda: self.cell_embedding, event_dim=2)
+        lazy_deterministic("cell_embedding", self._embeddings, event_dim=2)
         lazy_deterministic("cell_bias", lambda: self.cell_bias, event_dim=1)
         if self.l2:  # a weight in the mean over entries, where the bound is a sum over cells and peaks
             weight = self.l2 * len(self.cell_bias) * peaks.n_total
             pyro.factor("cell_embedding_prior", -weight * self.cell_embedding.square().mean())
         with self.plate(peaks):
             embedding = pyro.deterministic("peak_embedding", self.tower(peaks.dna), event_dim=1)
-            logits = torch.addmm(self.cell_bias, embedding, self._responses(peaks.batch).T)
+            logits = self._logits(embedding, peaks.batch, self.cell_bias)
             lazy_deterministic("accessibility", logits.sigmoid, event_dim=1)
             pyro.sample("x", ScaledBernoulli(logits).to_event(1), obs=peaks.accessibility)
 
-    def _responses(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return what the embedding of a peak is multiplied with in each cell, shape (n_cells, n_bottleneck_layer)."""
+    def _embeddings(self) -> torch.Tensor:
+        """Return v: of mean zero in each batch, for what the cells of a batch share is the batch's."""
         if self.batch_embedding is None:
             return self.cell_embedding
-        return self.cell_embedding + self.batch_embedding[batch]
+        is_of = nn.functional.one_hot(self.own_batch, len(self.batch_embedding)).to(self.cell_embedding)
+        means = (is_of.T @ self.cell_embedding) / is_of.sum(0).unsqueeze(1)
+        return self.cell_embedding - means[self.own_batch]
+
+    def _logits(self, embedding: torch.Tensor, batch: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return log odds of peaks in cells, in float32 also where the tower is asked for less."""
+        responses = self._embeddings()
+        if self.batch_embedding is not None:
+            responses = responses + self.batch_embedding[batch]
+        with torch.autocast(embedding.device.type, enabled=False):
+            return torch.addmm(bias, embedding.float(), responses.T)

@@ -70,6 +70,10 @@ def test_by_column(store):
     dense = np.zeros((2, 2), dtype=np.float32)
     dense[found.rows, found.cols] = found.values
     np.testing.assert_array_equal(dense, values[[5, 0]].T[[9, 3]])
+    empty = by_column(open_matrix(store(values[:0])))
+    assert (empty.n_rows, empty.n_cols) == (N_PEAKS, 0)
+    with pytest.raises(DataError, match="30 features and 0 cells: nothing to learn from"):
+        freeze(peaks()[:0].copy())
 
 
 def with_codes(change):
