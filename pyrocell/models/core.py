@@ -23,7 +23,7 @@ from pyrocell.infer.effects import CELLS, Site, is_latent, is_local
 from pyrocell.infer.elbo import Elbo
 from pyrocell.infer.landmarks import Landmarks
 from pyrocell.infer.plan import TrainingPlan
-from pyrocell.infer.streams import RandomStream
+from pyrocell.infer.streams import RandomStream, seeded
 from pyrocell.models.meta import ModelMeta
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class ModelCore(metaclass=ModelMeta):
 
     def _has_latents(self, cells: Cells) -> bool:
         """Whether there is anything to infer beside the parameters."""
-        with torch.no_grad():
+        with torch.no_grad(), seeded(self.stream.seed):
             trace: Any = poutine.trace(self._program(self.model)).get_trace(cells)
         return any(is_latent(site) for site in trace.nodes.values())
 
