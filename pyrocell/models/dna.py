@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from pyrocell.models.asking import Question, chosen_cells, chosen_features
-from pyrocell.models.insertion import backgrounds, motif_effects, wanted_motifs
+from pyrocell.models.insertion import backgrounds, motif_effects, mutation_effects, wanted_motifs
 from pyrocell.models.queries import Indices, Names, Queries
 
 if TYPE_CHECKING:
@@ -182,3 +182,36 @@ class DnaQueries(Queries):
             spread = scores.std(0)
             scores = (scores - scores.mean(0)) / np.where(spread > 0, spread, 1)
         return pd.DataFrame(scores, index=self.data.names("accessibility"), columns=list(known))
+
+    def get_mutation_effects(
+        self, region: str, *, adata: AnnData | None = None, indices: Indices = None
+    ) -> pd.DataFrame:
+        """Say what each change of one base of a peak would do to its accessibility (in-silico mutagenesis).
+
+        Parameters
+        ----------
+        region
+            Name of the peak.
+        adata
+            Data that have it; by default the model's own.
+        indices
+            Cells to average over, as positions or a mask, such as those of one type; by default all.
+
+        Returns
+        -------
+        DataFrame
+            Places of the sequence by the bases A, C, G, T: changes of the mean log odds, 0 for the base that is there.
+
+        Raises
+        ------
+        QueryError
+            If the peak or a cell does not exist.
+        """
+        self.require_trained()
+        dataset = self.require_data(adata)
+        [row] = chosen_features([region], list(dataset.obs_names))
+        cells = chosen_cells(indices, self.data.size("accessibility"))
+        with self.asking():
+            sequence = dataset.cells(np.array([row])).dna[0].numpy()
+            effects = mutation_effects(self, sequence, self._embeddings()[cells].mean(0))
+        return pd.DataFrame(effects, columns=list("ACGT"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pyrocell.models.core import ModelCore
 
-__all__ = ["backgrounds", "motif_effects", "wanted_motifs"]
+__all__ = ["backgrounds", "motif_effects", "mutation_effects", "wanted_motifs"]
 
 
 def wanted_motifs(
@@ -136,6 +136,32 @@ def motif_effects(
 
     before = mean_embedding(sequences)
     return torch.stack([mean_embedding(_with_motif(sequences, m, rng)) - before for m in motifs.values()])
+
+
+def mutation_effects(model: Any, sequence: np.ndarray, response: torch.Tensor) -> np.ndarray:
+    """Return the change of the log odds of a cell when each base of a sequence is replaced by each other.
+
+    Parameters
+    ----------
+    model
+        A model with a ``tower``.
+    sequence
+        Codes, shape (length,).
+    response
+        What the embedding is multiplied with, shape (n_dimensions,).
+
+    Returns
+    -------
+    ndarray
+        Shape (length, 4); 0 where the base is the one that is there.
+    """
+    length = len(sequence)
+    places, bases = np.arange(length)[:, None], np.arange(4)
+    mutants = np.tile(sequence, (length, 4, 1))
+    mutants[places, bases, places] = bases
+    codes = torch.from_numpy(np.concatenate([sequence[None], mutants.reshape(-1, length)]))
+    scores = (model.tower(codes.to(model.device)) @ response).cpu().numpy()
+    return (scores[1:] - scores[0]).reshape(length, 4)
 
 
 def _with_motif(sequences: np.ndarray, motif: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:

@@ -214,7 +214,7 @@ def test_nothing_is_told_before_training():
     model = make(train=False)
     for ask in (
         model.get_latent_representation, model.get_cell_bias, model.get_normalized_accessibility,
-        lambda: model.get_tf_activity(MOTIFS),
+        lambda: model.get_tf_activity(MOTIFS), lambda: model.get_mutation_effects("chr1:0-500"),
     ):  # fmt: skip
         with pytest.raises(NotTrainedError):
             ask()
@@ -271,6 +271,23 @@ def test_activity_is_the_mean_change_of_the_logits(fitted, tmp_path):
     plain.module.load_state_dict(state | {"cell_embedding": cells, "own_batch": plain.own_batch})
     plain.is_trained = True
     np.testing.assert_allclose(found["one"], by_hand(plain, "TGACTCAG", 26, sequences), atol=2e-4)
+
+
+def test_effects_of_single_bases(fitted):
+    adata = fitted.dataset.adata
+    region, cells = adata.var_names[3], np.arange(0, N_CELLS, 2)
+    table = fitted.get_mutation_effects(region, indices=cells)
+    assert table.shape == (LENGTH, 4) and list(table.columns) == list("ACGT")
+    there = adata.varm["dna_code"][3]
+    np.testing.assert_array_equal(np.take_along_axis(table.to_numpy(), there[:, None].astype(int), 1), 0)
+    other = adata[:, [3, 4]].copy()
+    other.varm["dna_code"][1] = there
+    other.varm["dna_code"][1, 17] = (there[17] + 1) % 4
+    p = fitted.get_normalized_accessibility(other, return_numpy=True)[cells].astype(np.float64)
+    change = np.diff(np.log(p / (1 - p)), axis=1).mean()
+    assert table.iloc[17, (there[17] + 1) % 4] == pytest.approx(change, rel=1e-2, abs=1e-4)
+    with pytest.raises(QueryError, match="chr9"):
+        fitted.get_mutation_effects("chr9:1-2")
 
 
 def test_motifs_from_files_and_options(fitted, tmp_path):
