@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyrocell import data, distributions, errors, infer, models, nn, plotting, report, settings, testing
     from pyrocell.infer import DifferentialOptions, TrainingPlan
-    from pyrocell.models import PEAKVI, SCANVI, SCVI, TOTALVI, VELOVI, CellModel, Tangram, TangramWeights
+    from pyrocell.models import (
+        PEAKVI,
+        SCANVI,
+        SCBASSET,
+        SCVI,
+        TOTALVI,
+        VELOVI,
+        CellModel,
+        Tangram,
+        TangramWeights,
+    )
 
 __version__ = "0.1.0"
 
@@ -23,6 +33,7 @@ _OBJECTS = {
     "PEAKVI": "pyrocell.models",
     "VELOVI": "pyrocell.models",
     "Tangram": "pyrocell.models",
+    "SCBASSET": "pyrocell.models",
     "CellModel": "pyrocell.models",
     "ClassifierOptions": "pyrocell.models",
     "TangramWeights": "pyrocell.models",
@@ -50,6 +61,7 @@ __all__ = [  # noqa: RUF022
     "PEAKVI",
     "VELOVI",
     "Tangram",
+    "SCBASSET",
     "CellModel",
     "ClassifierOptions",
     "TangramWeights",

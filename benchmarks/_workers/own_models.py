@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-from common import RESULT
+from common import RESULT, SIZES
 
 import pyrocell
 
@@ -24,7 +24,7 @@ def _set_up(name: str, adata: anndata.AnnData) -> Any:
     if name == "TOTALVI":
         arguments |= {"protein_expression_obsm_key": "protein_expression"}
     model_class.setup_anndata(adata, **arguments)
-    return model_class(adata)
+    return model_class(adata, **SIZES.get(name, {}))
 
 
 def main() -> None:

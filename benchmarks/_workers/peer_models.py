@@ -15,7 +15,7 @@ import lightning.pytorch
 import scvi
 import scvi.external
 import torch
-from common import RESULT
+from common import RESULT, SIZES
 
 warnings.filterwarnings("ignore")
 
@@ -36,7 +36,7 @@ class StopWatch(lightning.pytorch.Callback):
 
 
 def _set_up(name: str, adata: anndata.AnnData) -> Any:
-    model_class = getattr(scvi.external if name == "VELOVI" else scvi.model, name)
+    model_class = getattr(scvi.model, name, None) or getattr(scvi.external, name)
     arguments: dict[str, Any] = {"batch_key": "batch"}
     if name == "VELOVI":
         arguments = {"spliced_layer": "Ms", "unspliced_layer": "Mu"}
@@ -44,8 +44,10 @@ def _set_up(name: str, adata: anndata.AnnData) -> Any:
         arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
     if name == "TOTALVI":
         arguments |= {"protein_expression_obsm_key": "protein_expression"}
+    if name == "SCBASSET":  # it wants the data the other way round
+        adata, arguments = adata.transpose(), arguments | {"dna_code_key": "dna_code"}
     model_class.setup_anndata(adata, **arguments)
-    return model_class(adata)
+    return model_class(adata, **SIZES.get(name, {}))
 
 
 def main() -> None:

@@ -8,11 +8,14 @@ from pyrocell.data.base import Argument, Field, Frozen, Reader, column_reader, t
 from pyrocell.data.categories import Categories, Category
 from pyrocell.data.columns import Continuous, SizeFactor
 from pyrocell.data.datasets import pbmc68k
+from pyrocell.data.dna import add_dna_sequence, encode_dna, read_fasta, shuffle_dna
 from pyrocell.data.fields import Counts
 from pyrocell.data.minibatch import Cells, Dataset, prototype_cells
+from pyrocell.data.motifs import read_motifs
 from pyrocell.data.proteins import Proteins
 from pyrocell.data.registration import make_setup_anndata, make_setup_mudata, read_setup, setup_of
 from pyrocell.data.schema import Schema
+from pyrocell.data.sequences import CellCategory, DnaSequence
 from pyrocell.data.simulate import simulate_scvi, synthetic_iid
 from pyrocell.data.slots import Slots
 from pyrocell.data.velocity import filter_velocity_genes, smooth_velocity_layers
@@ -24,6 +27,11 @@ __all__ = [  # noqa: RUF022
     "simulate_scvi",
     "smooth_velocity_layers",
     "filter_velocity_genes",
+    "add_dna_sequence",
+    "read_fasta",
+    "encode_dna",
+    "shuffle_dna",
+    "read_motifs",
     "Counts",
     "Accessibility",
     "Abundances",
@@ -32,6 +40,8 @@ __all__ = [  # noqa: RUF022
     "Continuous",
     "SizeFactor",
     "Proteins",
+    "DnaSequence",
+    "CellCategory",
     "make_setup_anndata",
     "make_setup_mudata",
     "read_setup",

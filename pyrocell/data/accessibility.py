@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 
 from pyrocell import settings
+from pyrocell.data import preflight
 from pyrocell.data.absence import mask_arguments
 from pyrocell.data.base import Argument, Frozen, Setup
 from pyrocell.data.fields import Counts
@@ -62,6 +63,10 @@ class Accessibility(Counts):
                 "%s is not binary: it has values up to %g. Every value above zero is read as 1 (open).",
                 where,
                 largest,
+            )
+        if slots.words[1] == "cell":
+            preflight.refuse_empty(
+                n_open, slots.feature_names, f"{slots.n_cells} features of {where}", "cell"
             )
         _warn_of_closed(n_open, names, where)
         return frozen

@@ -92,19 +92,21 @@ class Frozen:
     measured: np.ndarray | None = None
 
 
-def tensor_like(dtype: str, *shape: int, fill: float = 0) -> dict[str, Any]:
+def tensor_like(dtype: str, *shape: int, fill: float = 0, shared: bool = False) -> dict[str, Any]:
     """Describe a tensor of `Cells` in a schema, so that cells can be made up without data.
 
     Parameters
     ----------
     dtype
-        ``"float32"``, ``"int64"`` or ``"bool"``.
+        ``"float32"``, ``"int64"``, ``"uint8"`` or ``"bool"``.
     *shape
         Shape for one cell; none for a scalar.
     fill
         A legal value.
+    shared
+        Whether ``shape`` is the whole of it: one tensor, the same in every minibatch.
     """
-    return {"dtype": dtype, "shape": list(shape), "fill": fill}
+    return {"dtype": dtype, "shape": list(shape), "fill": fill, **({"shared": True} if shared else {})}
 
 
 def column_reader(name: str, values: np.ndarray) -> Reader:
@@ -148,6 +150,8 @@ class Field(ABC):
     """Whether to warn when the field is confounded with the batch."""
     has_features: ClassVar[bool] = False
     """Whether the field has features of its own, so that it lies in a modality of a MuData."""
+    by_feature: ClassVar[bool] = False
+    """Whether it says something of each feature: the rows that the model reads are then features, not cells."""
     name: str = ""
 
     def __init__(

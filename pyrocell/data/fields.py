@@ -154,10 +154,11 @@ class Counts(Field):
         missing = sorted(set(absent) - set(record.get("absent", ())), key=absent.index)
         if missing:
             kind = " None of them is there: are the names of another kind (symbols, Ensembl)?"
+            word, place = f"{slots.words[1]}s", f"{slots.spelled}.{slots.names_in[1]}"
             raise DataError(
-                f"{len(missing)} of the {len(wanted)} features of the model are not in {slots.spelled}.var_names: "
+                f"{len(missing)} of the {len(wanted)} {word} of the model are not in {place}: "
                 f"{list_some(missing)}.{kind if len(missing) == len(wanted) else ''} Give data that have them all; "
-                f"their order, and further features, do not matter. {slots.spelled}.var_names has {list_some(there)}."
+                f"their order, and further {word}, do not matter. {place} has {list_some(there)}."
             )
         matrix = slots.matrix(setup[self.argument], columns[columns >= 0])
         return with_empty_columns(matrix, columns >= 0) if absent else matrix
@@ -168,5 +169,6 @@ def _in_order(names: list[str], chosen: set[str]) -> list[str]:
 
 
 def _check_feature_names(slots: Slots) -> None:
-    """Raise a DataError if feature names repeat."""
-    preflight.check_names(slots.feature_names, "feature", f"call {slots.spelled}.var_names_make_unique().")
+    """Raise a DataError if names of columns (features) repeat."""
+    remedy = f"call {slots.spelled}.{slots.names_in[1]}_make_unique()."
+    preflight.check_names(slots.feature_names, slots.words[1], remedy)

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from pyrocell.errors import DataError, PyrocellWarning
 
-__all__ = ["Entries", "MatrixReader", "open_matrix", "with_absent"]
+__all__ = ["Entries", "MatrixReader", "by_column", "open_matrix", "with_absent"]
 
 # Reads from disk that are closer than this are joined: one longer read is faster than two calls.
 _GAP_BYTES = 65536
@@ -294,3 +294,20 @@ class _WithAbsent(MatrixReader):
         present = np.flatnonzero(there >= 0)
         found = self._matrix.entries(there[present])
         return Entries(present[found.rows], found.cols, found.values)
+
+
+def by_column(matrix: MatrixReader, columns: np.ndarray | None = None) -> MatrixReader:
+    """See a matrix turned round: its columns as rows. All non-zeros are read once, and held in memory.
+
+    Parameters
+    ----------
+    matrix
+        The matrix, read row by row.
+    columns
+        Columns of the turned matrix, that is, rows of ``matrix``, to see, in this order; by default all.
+    """
+    blocks = [Entries(start + found.rows, found.cols, found.values) for start, _, found in matrix.blocks()]
+    blocks = blocks or [matrix.entries(np.zeros(0, dtype=np.int64))]  # there may be no row at all
+    rows, cols, values = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    shape = (matrix.n_cols, matrix.n_rows)
+    return _Sparse(*_by_row(sp.csr_matrix((values, (cols, rows)), shape=shape), None, columns))

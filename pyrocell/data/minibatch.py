@@ -14,6 +14,7 @@ from pyrocell.data import preflight
 from pyrocell.data.base import Field, Reader, named_fields
 from pyrocell.data.schema import Schema
 from pyrocell.data.slots import open_slots
+from pyrocell.data.turned import as_read
 from pyrocell.distributions import NonZeros
 from pyrocell.errors import QueryError, list_some
 
@@ -158,9 +159,9 @@ class Dataset:
     schema : Schema
         As given.
     n_cells : int
-        Number of cells.
+        Number of cells; of features, where these are the rows that the model reads.
     obs_names : Index
-        Names of the cells.
+        Their names.
 
     Raises
     ------
@@ -180,8 +181,8 @@ class Dataset:
         setup: Mapping[str, Any] | None = None,
     ) -> None:
         places = schema.setup if setup is None else setup
-        slots = open_slots(adata, places.get("modalities"))
-        preflight.check_cell_names(slots.cell_names, slots.spelled)
+        slots = as_read(open_slots(adata, places.get("modalities")), fields)
+        preflight.check_row_names(slots)
         self.adata, self.schema = adata, schema
         self.n_cells = slots.n_cells
         self.obs_names: pd.Index = slots.cell_names
@@ -197,8 +198,13 @@ class Dataset:
         return self.n_cells
 
     @property
+    def names_now(self) -> pd.Index:
+        """Names of the cells as they are now; ``obs_names`` are those when the data were opened."""
+        return self._slots.cell_names
+
+    @property
     def obs(self) -> pd.DataFrame:
-        """Columns about the cells: ``adata.obs``, or ``mdata.obs`` with the columns that one modality alone has."""
+        """Columns about the rows: ``adata.obs``, or ``mdata.obs`` with the columns that one modality alone has."""
         return self._slots.obs
 
     def features(self, field: str) -> list[str]:
@@ -295,4 +301,5 @@ def prototype_cells(schema: Schema, n: int = 2) -> Cells:
 
 
 def _like(like: Mapping[str, Any], n: int) -> Tensor:
-    return torch.full((n, *like["shape"]), like["fill"], dtype=getattr(torch, like["dtype"]))
+    shape = like["shape"] if like.get("shared") else (n, *like["shape"])
+    return torch.full(tuple(shape), like["fill"], dtype=getattr(torch, like["dtype"]))

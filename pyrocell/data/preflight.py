@@ -10,17 +10,19 @@ import numpy as np
 import pandas as pd
 
 from pyrocell.data.matrices import Entries, MatrixReader
+from pyrocell.data.slots import Slots
 from pyrocell.errors import DataError, PyrocellWarning, SetupError, list_some
 
 __all__ = [
     "CountFaults",
     "category_levels",
-    "check_cell_names",
     "check_counts",
     "check_keys",
     "check_names",
+    "check_row_names",
     "constant_columns",
     "numbers",
+    "refuse_empty",
     "size_factors",
     "warn_confounded",
 ]
@@ -28,6 +30,11 @@ __all__ = [
 # log1p of counts per 10,000 cannot exceed log(10,001) = 9.2; other targets rarely exceed log(1e6) = 13.8.
 _LOG_CEILING = 14.0
 _SHOWN = 5
+_WORDS = ("cell", "feature")
+_FILTERS = {
+    "cell": "scanpy.pp.filter_cells(adata, min_counts=1) after selecting features",
+    "feature": "scanpy.pp.filter_genes(adata, min_cells=1) after selecting cells",
+}
 _IF_MISSING = "Remove these cells or features, or set the values to 0 if they mean that nothing was counted."
 
 
@@ -51,9 +58,9 @@ def check_names(names: pd.Index, what: str, remedy: str) -> None:
         )
 
 
-def check_cell_names(names: pd.Index, data: str = "adata") -> None:
-    """Raise a DataError if cell names repeat; ``data`` is what messages call the data."""
-    check_names(names, "cell", f"call {data}.obs_names_make_unique().")
+def check_row_names(slots: Slots) -> None:
+    """Raise a DataError if names of rows (cells) repeat."""
+    check_names(slots.cell_names, slots.words[0], f"call {slots.spelled}.{slots.names_in[0]}_make_unique().")
 
 
 class _Faults:
@@ -69,8 +76,9 @@ class _Faults:
         for i in where[: _SHOWN - len(self.first)]:
             self.first.append((first_row + entries.rows[i], entries.cols[i], entries.values[i]))
 
-    def spell(self, cells: pd.Index, features: Sequence[str]) -> str:
-        shown = ", ".join(f"{v:g} (cell {cells[r]!r}, feature {features[c]!r})" for r, c, v in self.first)
+    def spell(self, cells: pd.Index, features: Sequence[str], words: tuple[str, str]) -> str:
+        row, column = words
+        shown = ", ".join(f"{v:g} ({row} {cells[r]!r}, {column} {features[c]!r})" for r, c, v in self.first)
         hidden = self.n - len(self.first)
         return f"{shown} and {hidden} more" if hidden else shown
 
@@ -108,24 +116,25 @@ class CountFaults:
         there: Mapping[str, Any],
     ) -> None:
         """Raise a DataError if anything was found; parameters as for `check_counts`."""
+        words = there.get("words", _WORDS)
         if self.not_finite.n:
             remedy = there.get("if_missing", _IF_MISSING)
             raise DataError(
                 f"{where} has {self.not_finite.n} values that are NaN or infinite: "
-                f"{self.not_finite.spell(cells, features)}. {remedy}"
+                f"{self.not_finite.spell(cells, features, words)}. {remedy}"
             )
         if self.negative.n:
             scaled = " The data look scaled or batch-corrected." if self.not_whole.n else ""
             raise DataError(
-                f"{where} has {self.negative.n} negative values: {self.negative.spell(cells, features)}. Counts are "
-                f"0, 1, 2, ...{scaled} {_where_counts_are(there)}"
+                f"{where} has {self.negative.n} negative values: {self.negative.spell(cells, features, words)}. Counts "
+                f"are 0, 1, 2, ...{scaled} {_where_counts_are(there)}"
             )
         if self.not_whole.n and not allow_noninteger:
             looks = "looks log-normalised: it has" if self.largest < _LOG_CEILING else "has"
             raise DataError(
                 f"{where} {looks} {self.not_whole.n} values that are not whole, up to {self.largest:g}: "
-                f"{self.not_whole.spell(cells, features)}. This model needs raw counts. {_where_counts_are(there)} If "
-                "these values are meant, set up with allow_noninteger=True."
+                f"{self.not_whole.spell(cells, features, words)}. This model needs raw counts. "
+                f"{_where_counts_are(there)} If these values are meant, set up with allow_noninteger=True."
             )
 
 
@@ -153,7 +162,7 @@ def check_counts(
         Name of the matrix in messages.
     there
         ``layers`` (their names) and ``raw`` (whether there is one), for the remedy; ``if_missing``: what to do about
-        NaN.
+        NaN; ``words``: what a row and a column are.
     measured
         Cells that were measured, bool, shape (n_cells,); by default all. The others may be empty.
 
@@ -167,9 +176,10 @@ def check_counts(
     DataError
         If counts are NaN, infinite, negative, or not whole, or if a cell has none.
     """
+    row, column = there.get("words", _WORDS)
     if matrix.n_rows == 0 or matrix.n_cols == 0:
         raise DataError(
-            f"{where} has {matrix.n_rows} cells and {matrix.n_cols} features: nothing to learn from."
+            f"{where} has {matrix.n_rows} {row}s and {matrix.n_cols} {column}s: nothing to learn from."
         )
     faults, totals = CountFaults(), np.zeros(matrix.n_rows)
     for start, n_rows, entries in matrix.blocks():
@@ -180,7 +190,7 @@ def check_counts(
     faults.refuse(cells, features, allow_noninteger=allow_noninteger, where=where, there=there)
     if measured is not None:
         totals[~measured] = np.nan
-    _refuse_empty_cells(totals, cells, len(features), where)
+    refuse_empty(totals, cells, f"{len(features)} {column}s of {where}", row)
     return totals
 
 
@@ -199,12 +209,25 @@ def _where_counts_are(there: Mapping[str, Any]) -> str:
     return " ".join(advice)
 
 
-def _refuse_empty_cells(totals: np.ndarray, cells: pd.Index, n_features: int, where: str) -> None:
+def refuse_empty(totals: np.ndarray, names: pd.Index, over: str, word: str) -> None:
+    """Raise a DataError if cells, or features, have no counts.
+
+    Parameters
+    ----------
+    totals
+        Total count of each; NaN where not measured.
+    names
+        Their names.
+    over
+        What the counts are over, in messages.
+    word
+        What they are: ``"cell"`` or ``"feature"``.
+    """
     empty = totals <= 0
     if empty.any():
         raise DataError(
-            f"{empty.sum()} cells have no counts over the {n_features} features of {where}: {list_some(cells[empty])}. "
-            "Remove them, for example with scanpy.pp.filter_cells(adata, min_counts=1) after selecting features."
+            f"{empty.sum()} {word}s have no counts over the {over}: {list_some(names[empty])}. Remove them, for "
+            f"example with {_FILTERS[word]}."
         )
 
 

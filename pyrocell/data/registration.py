@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrocell.data.base import Argument, Field, named_fields
 from pyrocell.data.slots import Slots, is_mudata, open_slots, what_there_is
+from pyrocell.data.turned import as_read
 from pyrocell.errors import SetupError, list_some
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _make_setup(fields: Mapping[str, Field], model_name: str, *, mudata: bool) -
             _require_mudata(data)
             _check_modalities(fields, setup[_MODALITIES])
             setup[_MODALITIES] = dict(setup[_MODALITIES])
-        slots = open_slots(data, setup[_MODALITIES]) if mudata else Slots(data)
+        slots = as_read(open_slots(data, setup[_MODALITIES]) if mudata else Slots(data), fields)
         for field, item in named_fields(fields).items():
             item.check_setup(slots.of(field), setup)
         _write_setup(data, model_name, {n: v for n, v in setup.items() if v != arguments[n].default})

@@ -72,8 +72,12 @@ class Resident:
             dataset.cells(np.arange(start, min(start + _BLOCK, dataset.n_cells)))
             for start in range(0, dataset.n_cells, _BLOCK)
         ]
-        self._columns: dict[str, _Column | _Sparse | None] = {
-            name: _column([getattr(block, name) for block in blocks], device) for name in blocks[0].names()
+        shared = _shared(dataset)
+        self._columns: dict[str, _Column | _Sparse | _Shared | None] = {
+            name: _Shared(getattr(blocks[0], name).to(device))
+            if name in shared
+            else _column([getattr(block, name) for block in blocks], device)
+            for name in blocks[0].names()
         }
 
     def cells(self, rows: Tensor, *, n_total: int) -> Cells:
@@ -120,6 +124,16 @@ class _Column:
         return self.values.index_select(0, rows)
 
 
+class _Shared:
+    """One tensor, the same in every minibatch."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def take(self, rows: Tensor) -> Tensor:
+        return self.values
+
+
 class _Sparse:
     """Non-zero values of every cell, row by row."""
 
@@ -143,6 +157,12 @@ class _Sparse:
         dense = torch.zeros(len(rows), self.n_columns, dtype=self.dtype, device=rows.device)
         # Added, not written: the slots behind the end all add zero to the first column.
         return dense.scatter_add_(1, self.columns[place].long(), self.values[place].to(self.dtype))
+
+
+def _shared(dataset: Dataset) -> set[str]:
+    """Return the names of the attributes that are one tensor for all cells."""
+    likes = [record["cells"] for record in dataset.schema.fields.values()]
+    return {name for like in likes for name, found in like.items() if found and found.get("shared")}
 
 
 def _column(parts: list[Tensor | None], device: torch.device) -> _Column | _Sparse | None:
@@ -172,10 +192,10 @@ def estimate_bytes(dataset: Dataset, n_seen: int = 512) -> int:
         Number of cells to look at.
     """
     rows = np.linspace(0, dataset.n_cells - 1, min(n_seen, dataset.n_cells)).astype(np.int64)
-    cells, total = dataset.cells(rows), 0.0
+    cells, total, shared = dataset.cells(rows), 0.0, _shared(dataset)
     for name in cells.names():
         value = getattr(cells, name)
-        if value is None:
+        if value is None or name in shared:
             continue
         sparse = getattr(value, "_nonzeros", None) is not None
         size = len(NonZeros.of(value)) * 6 if sparse else value.numel() * value.element_size()

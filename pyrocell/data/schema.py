@@ -14,6 +14,7 @@ from pyrocell.data.base import Field, Frozen, named_fields
 from pyrocell.data.fields import Counts
 from pyrocell.data.registration import complete_setup
 from pyrocell.data.slots import open_slots, what_there_is
+from pyrocell.data.turned import as_read
 from pyrocell.errors import DataError, LoadError, QueryError, SetupError, list_some
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Schema:
     Parameters
     ----------
     n_cells
-        Number of cells it was frozen from.
+        Number of cells it was frozen from; of features, where these are the rows that the model reads.
     fields
         A record for each field of the model.
     setup
@@ -72,8 +73,8 @@ class Schema:
             If a covariate is confounded with the batch.
         """
         bound, complete = named_fields(fields), complete_setup(fields, setup)
-        slots = open_slots(adata, complete.get("modalities"))
-        preflight.check_cell_names(slots.cell_names, slots.spelled)
+        slots = as_read(open_slots(adata, complete.get("modalities")), bound)
+        preflight.check_row_names(slots)
         for name, item in bound.items():
             item.check_setup(slots.of(name), complete)
         frozen = {name: item.freeze(slots.of(name), complete) for name, item in bound.items()}
@@ -107,8 +108,8 @@ class Schema:
         """
         bound = named_fields(fields)
         complete = self.setup if setup is None else complete_setup(fields, setup)
-        slots = open_slots(adata, complete.get("modalities"))
-        preflight.check_cell_names(slots.cell_names, slots.spelled)
+        slots = as_read(open_slots(adata, complete.get("modalities")), bound)
+        preflight.check_row_names(slots)
         found = {
             name: item.extend(slots.of(name), complete, self.record(name)) for name, item in bound.items()
         }
@@ -210,7 +211,8 @@ class Schema:
                 _require(record[name], kind)
 
     def __repr__(self) -> str:
-        parts = [f"{self.n_cells} cells"]
+        rows = next((record["rows"] for record in self.fields.values() if "rows" in record), "cells")
+        parts = [f"{self.n_cells} {rows}"]
         for name, record in self.fields.items():
             if record["given"]:
                 parts.append(f"{name}: {_summary(record)}")

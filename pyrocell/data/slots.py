@@ -79,6 +79,10 @@ class Slots:
     """
 
     spelled: str = "adata"
+    words: tuple[str, str] = ("cell", "feature")
+    """What a row and a column are, in messages."""
+    names_in: tuple[str, str] = ("obs_names", "var_names")
+    """Attributes of the AnnData with the names of rows and of columns."""
     modality: str | None = None
     present: np.ndarray | None = None
 
@@ -181,11 +185,12 @@ class Slots:
         return f"{self.spelled}.X" if layer is None else f"{self.spelled}.layers[{layer!r}]"
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what helps to explain a fault: the layers, whether there is ``raw``, what the data are called."""
+        """Return what helps to explain a fault: the layers, whether there is ``raw``, what things are called."""
         return {
             "layers": [name for name in self.adata.layers if name is not None],
             "raw": self.adata.raw is not None,
             "data": self.spelled,
+            "words": self.words,
         }
 
 

@@ -40,6 +40,8 @@ class TrainingPlan:
         Adam's epsilon for networks. The field's 0.01 damps small gradients; it is meant for the per-cell loss used
         here. Parameters that are not part of a network, such as dispersions, use 1e-8: damped, they would stay where
         they started.
+    betas
+        Adam's decay rates of the averages of gradients and of their squares.
     weight_decay
         Decay of network weights (coupled for Adam, decoupled for AdamW). Parameters that are not part of a
         network, such as dispersions, are never decayed: towards 0 on a log scale would be a hidden prior.
@@ -75,6 +77,7 @@ class TrainingPlan:
 
     optimizer: str | OptimizerFactory = "adam"
     eps: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-6
     max_grad_norm: float | None = None
     min_kl_weight: float = 0.0
@@ -102,6 +105,8 @@ class TrainingPlan:
                 f"optimizer is {self.optimizer!r}; expected 'adam', 'adamw' or a function from parameters to a "
                 "torch optimizer."
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise TrainingError(f"betas is {self.betas}; expected two numbers from 0 to below 1.")
         if self.precision not in ("float32", "tfloat32", "bfloat16"):
             raise TrainingError(
                 f"precision is {self.precision!r}; expected 'float32', 'tfloat32' or 'bfloat16'."
@@ -147,7 +152,7 @@ class TrainingPlan:
             return self.optimizer([{"params": group["params"]} for group in groups])
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
-        return kind(groups, lr=lr, fused=fused)
+        return kind(groups, lr=lr, betas=self.betas, fused=fused)
 
     def products(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the context in which the networks' matrix products have the precision asked for.
@@ -185,5 +190,6 @@ class TrainingPlan:
         other = {"checkpoint", "checkpoint_every", "max_bad_steps", "record_step"}
         other |= {"train_indices", "validation_indices"}
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in other}
+        record["betas"] = list(self.betas)
         record["optimizer"] = self.optimizer if isinstance(self.optimizer, str) else "custom"
         return record

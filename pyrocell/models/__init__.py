@@ -6,6 +6,7 @@ from pyrocell.models.base import CellModel
 from pyrocell.models.labels import ClassifierOptions
 from pyrocell.models.peakvi import PEAKVI
 from pyrocell.models.scanvi import SCANVI
+from pyrocell.models.scbasset import SCBASSET
 from pyrocell.models.scvi import SCVI
 from pyrocell.models.tangram import Tangram
 from pyrocell.models.terms import TangramWeights
@@ -15,6 +16,7 @@ from pyrocell.models.velovi import VELOVI
 __all__ = [
     "PEAKVI",
     "SCANVI",
+    "SCBASSET",
     "SCVI",
     "TOTALVI",
     "VELOVI",

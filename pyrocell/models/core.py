@@ -23,7 +23,7 @@ from pyrocell.infer.effects import CELLS, OnDevice, is_latent, is_local
 from pyrocell.infer.elbo import Elbo
 from pyrocell.infer.landmarks import Landmarks
 from pyrocell.infer.plan import TrainingPlan
-from pyrocell.infer.streams import RandomStream
+from pyrocell.infer.streams import RandomStream, seeded
 from pyrocell.models.meta import ModelMeta
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ class ModelCore(metaclass=ModelMeta):
         cells = prototype_cells(self.data)
         self._is_bayesian = any(getattr(part, "_pyro_samples", None) for part in self.module.modules())
         self.has_local_parameters = bool(self.cell_parameters)
-        if not hasattr(type(self), "guide"):
+        self.module.eval()
+        if not hasattr(type(self), "guide") and self._has_latents(cells):
             self.module.autoguide = AutoNormal(self._program(self.model), create_plates=self.plate)
             trace = poutine.trace(self.module.autoguide).get_trace(cells)
             self.has_local_parameters |= any(
@@ -173,11 +174,16 @@ class ModelCore(metaclass=ModelMeta):
             )
         names = () if self.dataset is None else self.dataset.obs_names
         self.cell_names = list(names) if self.has_local_parameters else []
-        self.module.eval()
         with pyro.validation_enabled(True), torch.no_grad():
             elbo = self.elbo()
             elbo(cells, with_extra=True)
         self._classes_of_model_alone = elbo.has_classes_of_model_alone
+
+    def _has_latents(self, cells: Cells) -> bool:
+        """Whether there is anything to infer beside the parameters."""
+        with torch.no_grad(), seeded(self.stream.seed):
+            trace: Any = poutine.trace(self._program(self.model)).get_trace(cells)
+        return any(is_latent(site) for site in trace.nodes.values())
 
     def elbo(self) -> Elbo:
         """Return the objective of this model."""
@@ -199,7 +205,9 @@ class ModelCore(metaclass=ModelMeta):
 
     def _guide_program(self) -> Program:
         guide = getattr(type(self), "guide", None)
-        return self.module.autoguide if guide is None else self._program(partial(guide, self))
+        if guide is not None:
+            return self._program(partial(guide, self))
+        return getattr(self.module, "autoguide", _infer_nothing)
 
     def _program(self, run: Program) -> Program:
         """Let a Bayesian module draw each of its weights once a run, and bring priors to the model's device."""
@@ -240,7 +248,7 @@ class ModelCore(metaclass=ModelMeta):
 
     def _fingerprint(self, dataset: Dataset) -> np.ndarray:
         """Return names of cells and some totals, to notice when the data change under the model."""
-        names = dataset.adata.obs_names
+        names = dataset.names_now
         known = len(names) == dataset.n_cells and names.equals(dataset.obs_names)
         first = dataset.cells(np.arange(min(64, dataset.n_cells)))
         counted = dict.fromkeys([self.feature_field, *self.observed_sites.values()])
@@ -286,3 +294,7 @@ class ModelCore(metaclass=ModelMeta):
             return getattr(module, name)
         except AttributeError:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}") from None
+
+
+def _infer_nothing(cells: Cells) -> None:
+    """Guide a model without latents."""

@@ -72,12 +72,14 @@ else:
 
 
 def verbs(model_class: type) -> dict[str, bool]:
-    """List every verb that depends on a role, and whether the model has it."""
+    """List every verb that depends on a role, or does in a class above, and whether the model has it."""
     found = {}
     for base in reversed(model_class.__mro__):
         for name, value in vars(base).items():
             if hasattr(value, "roles") and hasattr(value, "missing"):
                 found[name] = not value.missing(model_class)
+            elif name in found:  # defined anew by a class below, which needs no role for it
+                found[name] = True
     return found
 
 

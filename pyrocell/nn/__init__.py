@@ -7,6 +7,7 @@ from pyrocell.nn.adversary import Adversary, reverse_gradient
 from pyrocell.nn.classifier import Classifier
 from pyrocell.nn.covariates import Covariates, InjectedLinear
 from pyrocell.nn.decoders import DecoderOutput, ProfileDecoder
+from pyrocell.nn.dna import DnaTower
 from pyrocell.nn.encoders import GaussianEncoder
 from pyrocell.nn.features import FeatureLinear, select_features
 from pyrocell.nn.kinetics import KineticDecoder, Rates, divided_difference, induction, repression
@@ -20,6 +21,7 @@ __all__ = [
     "Covariates",
     "DecoderOutput",
     "DepthEncoder",
+    "DnaTower",
     "FeatureLinear",
     "GaussianEncoder",
     "InjectedLinear",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,8 @@ def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None)
             "return_numpy": True,
         },
         "get_library_size_factors": {},
+        "get_cell_bias": {},
+        "get_tf_activity": {"motifs": {"one": "TGACTCA"}, "n_background": 4},
         "get_protein_expression": {"sample_protein_mixing": True, "return_mean": False, "n_samples": 2},
         "get_protein_foreground_probability": {},
         "get_protein_background_mean": {},
@@ -53,7 +56,7 @@ def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None)
     }
     for verb, options in per_cell.items():
         if hasattr(model, verb):
-            answer = getattr(model, verb)(adata, indices=indices, **options)
+            answer = _ask(getattr(model, verb), {"adata": adata, "indices": indices, **options})
             several = answer if isinstance(answer, tuple) else (answer,)  # such as RNA and proteins
             found |= {f"{verb}/{i}" if i else verb: np.asarray(part) for i, part in enumerate(several)}
     if hasattr(model, "project_genes"):
@@ -64,6 +67,12 @@ def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None)
         parameters = model.get_likelihood_parameters(adata, indices=indices)
         found |= {f"get_likelihood_parameters/{name}": value for name, value in parameters.items()}
     return found
+
+
+def _ask(verb: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a verb with those of the arguments that it takes."""
+    known = inspect.signature(verb).parameters
+    return verb(**{name: value for name, value in arguments.items() if name in known})
 
 
 def assert_same(one: Mapping[str, np.ndarray], two: Mapping[str, np.ndarray], tolerance: float = 0.0) -> None:
@@ -85,8 +94,10 @@ def state_of(model: CellModel) -> dict[str, np.ndarray]:
 
 def has_gaussian_posterior(model: CellModel) -> bool:
     """Say whether the latent's posterior has a mean and a variance in closed form."""
+    if model.latent_site is None:
+        return False
     try:
         model.get_latent_representation(indices=[0], return_dist=True)
-    except (AttributeError, QueryError):  # no latent role; a latent known by its draws only
+    except QueryError:  # a latent known by its draws only
         return False
     return True

@@ -14,6 +14,7 @@ import pyro
 import torch
 
 from pyrocell import settings
+from pyrocell.data.turned import rows_are_features
 from pyrocell.errors import DataError, NotTrainedError
 from pyrocell.infer.criticism import PredictiveCheck
 from pyrocell.infer.effects import is_latent, is_local
@@ -122,20 +123,24 @@ def _check_files(case: ModelCase) -> None:
 def _check_features(case: ModelCase) -> None:
     model = case.trained
     data, rng = case.data(), np.random.default_rng(0)
-    shuffled = with_parts(data, lambda part: part[:, rng.permutation(part.n_vars)].copy())
+    # Where the rows are features, the columns, which are aligned by name, are cells.
+    axis = 0 if rows_are_features(case.model_class.fields) else 1
+    shuffled = with_parts(data, lambda part: _taken(part, rng.permutation(part.shape[axis]), axis))
     assert_same(answers(model), answers(model, adata=shuffled))
     for name in model.data.setup.get("modalities", {"": ""}).values():
-        gone = str(parts_of(data)[name].var_names[3])
+        names = (parts_of(data)[name].obs_names, parts_of(data)[name].var_names)[axis]
+        gone = str(names[3])
         try:
-            answers(model, adata=with_parts(data, partial(_without, feature=gone), [name]))
+            some = partial(_taken, chosen=np.flatnonzero(names != gone), axis=axis)
+            answers(model, adata=with_parts(data, some, [name]))
         except DataError as error:
             assert gone in str(error), f"the error does not name the missing feature {gone!r}: {error}"
         else:
             raise AssertionError("data without one of the features were accepted")
 
 
-def _without(part: AnnData, feature: str) -> AnnData:
-    return part[:, part.var_names != feature].copy()
+def _taken(part: AnnData, chosen: np.ndarray, axis: int) -> AnnData:
+    return (part[chosen] if axis == 0 else part[:, chosen]).copy()
 
 
 def _check_categories(case: ModelCase) -> None:

@@ -49,6 +49,17 @@ def small_kinetics():
     return test_velovi.simulate(n_cells=160, n_genes=N_GENES)[0]
 
 
+def small_peaks():
+    """Peaks with DNA, open or not in each of 30 cells."""
+    generator = np.random.default_rng(0)
+    open_ = generator.random((N_GENES, 160)) < 0.4
+    open_[0], open_[:, 0] = True, True
+    adata = anndata.AnnData(sparse.csr_matrix(open_.astype(np.float32)))
+    adata.obs = small_data().obs.iloc[:N_GENES].set_axis(adata.obs_names.astype(str))
+    adata.varm["dna_code"] = generator.integers(5, size=(160, 48), dtype=np.uint8)
+    return adata
+
+
 def partly_labelled():
     """Two of three cells without a label."""
     adata = small_data()
@@ -77,6 +88,8 @@ PROTEIN_SITES = dict.fromkeys(
 SITES_OF_KINETICS = {"z": (4,), "pi": (N_GENES, 4)} | dict.fromkeys(
     ["velocity", "velocity_max", "velocity_unspliced", "latent_time", "fit_spliced", "s", "u"], (N_GENES,)
 )
+SMALL_TOWER = {"n_filters_init": 6, "n_repeat_blocks_tower": 2, "n_filters_pre_bottleneck": 6}
+SITES_OF_PEAKS = {"peak_embedding": (4,), "accessibility": (N_GENES,), "x": (N_GENES,)}
 SITES_OF_REGIONS = {"z": (4,), "accessibility": (N_GENES,), "depth": (1,), "x": (N_GENES,)}
 COVARIATES = {
     "batch_key": "batch",
@@ -180,6 +193,16 @@ CASES = {
         {"labels_key": "label"},
         {"spatial": small_spots(), "mode": "clusters", "scale_clusters": False, "density": None},
         {"mapping": (8,), "weight": (), "scale": (1,)},
+    ),
+    "SCBASSET": ModelCase(
+        pyrocell.SCBASSET, small_peaks, {}, SMALL_TOWER | {"n_bottleneck_layer": 4}, SITES_OF_PEAKS
+    ),
+    "SCBASSET-batch-penalty": ModelCase(
+        pyrocell.SCBASSET,
+        small_peaks,
+        {"batch_key": "batch"},
+        SMALL_TOWER | {"n_bottleneck_layer": 4, "l2_reg_cell_embedding": 1e-3},
+        SITES_OF_PEAKS,
     ),
     "SCANVI": ModelCase(
         pyrocell.SCANVI, partly_labelled, LABELS | {"batch_key": "batch"}, SMALL, LABEL_SITES
