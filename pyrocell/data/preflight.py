@@ -29,8 +29,7 @@ __all__ = [
 
 # log1p of counts per 10,000 cannot exceed log(10,001) = 9.2; other targets rarely exceed log(1e6) = 13.8.
 _LOG_CEILING = 14.0
-_SHOWN = 5
-_WORDS = ("cell", "feature")
+_SHOWN, _WORDS = 5, ("cell", "feature")
 _FILTERS = {
     "cell": "scanpy.pp.filter_cells(adata, min_counts=1) after selecting features",
     "feature": "scanpy.pp.filter_genes(adata, min_cells=1) after selecting cells",

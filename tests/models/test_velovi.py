@@ -150,7 +150,7 @@ def test_warm_up_spares_the_states_and_fades_the_penalty():
         model.module.train()
         with model.running(), torch.no_grad():
             torch.manual_seed(0)
-            terms[weight] = model.elbo()(cells, weight)
+            terms[weight] = model.elbo()(cells, weight, with_extra=True)
     assert terms[0.0].sites["z"] == 0 and terms[0.0].sites["pi"] == terms[1.0].sites["pi"] > 0
     np.testing.assert_allclose(terms[0.25].sites["z"], 0.25 * terms[1.0].sites["z"], rtol=1e-5)
     alpha, beta, gamma = (rate.detach().numpy() for rate in model.rates[:3])
