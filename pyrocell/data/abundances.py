@@ -114,7 +114,8 @@ class Abundances(Counts):
         for found, what in ((faults.not_finite, "NaN or infinite"), (faults.negative, "negative")):
             if found.n:
                 raise DataError(
-                    f"{where} has {found.n} {what} values: {found.spell(slots.cell_names, names, slots.words)}. Expected "
+                    f"{where} has {found.n} {what} values: "
+                    f"{found.spell(slots.cell_names, names, slots.words)}. Expected "
                     "abundances of at least 0, neither centred nor log-transformed nor scaled to variance one; make "
                     "them with pyrocell.data.smooth_velocity_layers(adata)."
                 )

@@ -312,8 +312,8 @@ def _is_answer(answer: Any) -> bool:
     if isinstance(answer, PredictiveCheck):
         return _is_answer(np.asarray(answer.summary))
     if isinstance(answer, pd.DataFrame):
-        numbers = answer.select_dtypes("number")
-        return not answer.empty and bool(np.isfinite(numbers.dropna(axis=1, how="all")).to_numpy().any())
+        numbers = np.asarray(answer.select_dtypes("number"), dtype=float)
+        return not answer.empty and (numbers.size == 0 or bool(np.isfinite(numbers).any()))
     if isinstance(answer, pd.Series):
         return not answer.empty and not answer.isna().any()
     values = np.asarray(answer)
