@@ -447,12 +447,16 @@ def scores_of(model, truth, adata):
     span = [np.ptp(adata.layers[name], axis=0) for name in ("Mu", "Ms")]
     ratio = rates[:, 2] / rates[:, 1] * span[0] / span[1]
     return {
-        "time": np.median([spearmanr(time[:, g], truth["time"])[0] for g in np.flatnonzero(moving)]),
-        "rates": spearmanr(ratio[moving], (truth["gamma"] / truth["beta"])[moving])[0],
+        "time": np.median([rank_correlation(time[:, g], truth["time"]) for g in np.flatnonzero(moving)]),
+        "rates": rank_correlation(ratio[moving], (truth["gamma"] / truth["beta"])[moving]),
         "cosine": cosine.mean(),
         "sign": (np.sign(velocity) == np.sign(true))[clear].mean(),
         "state": (on == truth["is_on"][:, moving])[clear].mean(),
     }
+
+
+def rank_correlation(x, y):
+    return 0.0 if np.ptp(x) == 0 else spearmanr(x, y)[0]
 
 
 GATES = {"time": 0.9, "rates": 0.9, "cosine": 0.9, "sign": 0.95, "state": 0.85}
@@ -493,5 +497,5 @@ class Swapped(VELOVI):
     ids=["guide", "layers"],
 )
 def test_the_recovery_fails_on_a_defect(defect, broken):
-    _, _, scores = recovery(defect, max_epochs=25)
+    scores = recovery(defect, max_epochs=25)[2]
     assert broken <= failures(scores), scores
