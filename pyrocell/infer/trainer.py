@@ -226,7 +226,7 @@ class Trainer:
         self.progress.rows.append(row)
         self.progress.epoch += 1
         state = self.module.state_dict()  # skipped steps left no trace in it
-        if all(bool(t.isfinite().all()) for t in state.values()):
+        if all(bool(t.sum().isfinite()) for t in state.values()):  # a sum tells of all, in one pass
             for name, t in state.items():  # into the memory of the last one: parameters may be large
                 self._last_finite[name].copy_(t)
         if self.plan.checkpoint is not None and (

@@ -57,41 +57,46 @@ def assign(
         shares in nats, summed over the rows, a scalar (0 unless asked for).
     """
     size = max(1, _BLOCK_NUMBERS // logits.shape[1]) if block_size is None else block_size
-    got, entropy = _Assign.apply(logits, weights, values, scale, rows, size, with_entropy)
-    return got[:, :-1], got[:, -1], entropy
+    got, mass, entropy = _Assign.apply(logits, weights, values, scale, rows, size, with_entropy)
+    return got, mass, entropy
 
 
 class _Assign(torch.autograd.Function):
-    """Sums of the weighted values and of the weights (the last column), and their gradient, by blocks of rows."""
+    """Sums of weighted values, of the weights and of the entropy, and their gradient, by blocks of rows."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         values, scale, rows, size, with_entropy = rest
         ctx.save_for_backward(logits, weights, values, scale, rows)
         ctx.size, ctx.with_entropy = size, with_entropy
-        got = values.new_zeros(logits.shape[1], values.shape[1] + 1)
-        entropy = values.new_zeros(())
+        got, mass = (values.new_zeros(logits.shape[1], *shape) for shape in ((values.shape[1],), ()))
+        entropy, factor = values.new_zeros(()), _factor(weights, scale)
         for block, there in _blocks(len(values), size, rows):
             shares = logits[there].softmax(1)
-            got.addmm_(shares.T, _with_mass(values, scale, block) * weights[block, None])
+            mass.addmv_(shares.T, weights[block])
             if with_entropy:
                 entropy -= (shares * logits[there].log_softmax(1)).sum()
-        return got, entropy
+            got.addmm_(
+                shares.mul_(factor[block]).T, values[block]
+            )  # rows of shares, in the cache, not of values
+        return got, mass, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_got: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_got: Tensor, of_mass: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, weights, values, scale, rows = ctx.saved_tensors
         of_logits = torch.empty_like(logits) if rows is None else torch.zeros_like(logits)
         of_weights = torch.empty_like(weights) if ctx.needs_input_grad[1] else None
+        factor = _factor(weights, scale)
         for block, there in _blocks(len(values), ctx.size, rows):
             with torch.enable_grad():
                 part = logits[there].detach().requires_grad_()
                 shares = part.softmax(1)
-            handed_out = _with_mass(values, scale, block)
+            slope = values[block] @ of_got.T
             if of_weights is not None:
-                of_weights[block] = ((shares.detach() @ of_got) * handed_out).sum(1)
-            slope = (handed_out * weights[block, None]) @ of_got.T
+                scaled = slope if scale is None else slope * scale[block]
+                of_weights[block] = ((scaled + of_mass) * shares.detach()).sum(1)
+            slope.mul_(factor[block]).addr_(weights[block], of_mass)
             if ctx.with_entropy:
                 slope -= of_entropy * part.detach().log_softmax(
                     1
@@ -100,17 +105,16 @@ class _Assign(torch.autograd.Function):
         return of_logits, of_weights, *[None] * 5
 
 
+def _factor(weights: Tensor, scale: Tensor | None) -> Tensor:
+    """Return what the values of each row are multiplied by, shape (n_rows, 1)."""
+    return weights[:, None] if scale is None else weights[:, None] * scale
+
+
 def _blocks(n_rows: int, size: int, rows: Tensor | None) -> Iterator[tuple[slice, Rows]]:
     """Yield the places of some rows among the values, and among the logits."""
     for start in range(0, n_rows, size):
         block = slice(start, start + size)
         yield block, block if rows is None else rows[block]
-
-
-def _with_mass(values: Tensor, scale: Tensor | None, block: slice) -> Tensor:
-    """Return a block of values, and a last column of ones."""
-    scaled = values[block] if scale is None else values[block] * scale[block]
-    return torch.cat([scaled, scaled.new_ones(len(scaled), 1)], 1)
 
 
 def cosine_similarity(one: Tensor, two: Tensor, dim: int) -> Tensor:
