@@ -12,7 +12,18 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-__all__ = ["REAL_CASES", "Case", "RealFile", "data_folder", "simulate", "write_case", "write_split"]
+__all__ = [
+    "COARSE",
+    "REAL_CASES",
+    "Case",
+    "RealFile",
+    "data_folder",
+    "most_variable",
+    "read_real",
+    "simulate",
+    "write_case",
+    "write_split",
+]
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,17 @@ REAL_CASES = {
     "kang": RealFile("kang_8donors_12261.h5ad", "donor", "cell_type", None, epochs=60),
     "pbmc_sorted": RealFile("pbmc_facs_sorted_zheng.h5ad", None, "cell_type", 2000, epochs=120),
 }
+
+
+COARSE = {
+    "memoryt": "CD4 T",
+    "regulatoryt": "CD4 T",
+    "thelper": "CD4 T",
+    "naivet": "CD4 T",
+    "cytotoxict": "CD8 T",
+    "naivecytotoxic": "CD8 T",
+}
+"""Sorted T cells whose types overlap by nature."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,7 @@ def _tidy(counts: Any, obs: pd.DataFrame, genes: list[str]) -> anndata.AnnData:
     return anndata.AnnData(counts[kept], obs=obs, var=pd.DataFrame(index=pd.Index(genes)))
 
 
-def _most_variable(counts: Any, n_genes: int) -> np.ndarray:
+def most_variable(counts: Any, n_genes: int) -> np.ndarray:
     """Positions of the genes that vary most, as log1p of counts per 10,000, in their own order."""
     scaled = sparse.csr_matrix(counts, dtype=np.float64)
     scaled = (sparse.diags(1e4 / np.asarray(scaled.sum(1)).ravel()) @ scaled).tocsr().log1p()
@@ -153,7 +175,7 @@ def read_real(source: RealFile) -> anndata.AnnData:
     obs = pd.DataFrame({"batch": np.asarray(batch), "group": _groups(adata, source.group_key)})
     genes = np.arange(adata.n_vars)
     if source.top_genes is not None and source.top_genes < adata.n_vars:
-        genes = _most_variable(adata.X, source.top_genes)
+        genes = most_variable(adata.X, source.top_genes)
     return _tidy(sparse.csr_matrix(adata.X)[:, genes], obs, list(adata.var_names[genes]))
 
 

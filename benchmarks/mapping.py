@@ -18,7 +18,7 @@ from typing import Any
 
 import anndata
 import numpy as np
-from _cases import _most_variable, data_folder
+from _cases import COARSE, data_folder, most_variable
 from _environments import Side, default_peer_folder, own_side, peer_side, run_worker
 from scipy.stats import rankdata
 from sklearn.metrics import f1_score
@@ -26,15 +26,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 FILES = {"kang": "kang_8donors_12261.h5ad", "sorted": "pbmc_facs_sorted_zheng.h5ad"}
 QUERY_DONORS = ("101", "1244")
-# Sorted T cells whose types overlap by nature.
-COARSE = {
-    "memoryt": "CD4 T",
-    "regulatoryt": "CD4 T",
-    "thelper": "CD4 T",
-    "naivet": "CD4 T",
-    "cytotoxict": "CD8 T",
-    "naivecytotoxic": "CD8 T",
-}
 
 
 def _cells(name: str, n_cells: int) -> anndata.AnnData:
@@ -50,7 +41,7 @@ def _cells(name: str, n_cells: int) -> anndata.AnnData:
         adata.obs["batch"] = adata.obs["donor"].astype(str)
         is_query = adata.obs["batch"].isin(QUERY_DONORS).to_numpy()
     else:
-        adata = adata[:, _most_variable(adata.X, 1500)].copy()
+        adata = adata[:, most_variable(adata.X, 1500)].copy()
         is_query = rng.random(adata.n_obs) < 0.3
         adata.obs["batch"] = np.where(is_query, "query", "reference")
     adata.obs["type"], adata.obs["is_query"] = types.replace(COARSE), is_query

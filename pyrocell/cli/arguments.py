@@ -23,6 +23,8 @@ examples:
   pyrocell fit atlas.h5ad --layer counts --batch-key donor --n-top-genes 2000 \\
       --set n_latent=30 --set n_layers=2 --set gene_likelihood=nb --early-stopping --out fitted
   pyrocell fit pbmc.h5ad --layer counts --labels-key cell_type --groupby condition --out fitted
+  pyrocell fit pbmc.h5ad --model SCANVI --labels-key cell_type --setup unlabeled_category=Unknown --out fitted
+  pyrocell fit cite.h5ad --model TOTALVI --setup protein_expression_obsm_key=protein_counts --out fitted
 
 The counts must be raw: whole numbers, not normalised. Errors go to standard error, and the exit status is
 then 2.
@@ -60,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=_Formatter,
     )
     demo.add_argument("data", nargs="?", metavar="DATA.h5ad", help="raw counts; the example data if left out")
-    demo.set_defaults(model="SCVI", options=["gene_likelihood=nb"], overwrite=True)
+    demo.set_defaults(model="SCVI", options=["gene_likelihood=nb"], setup=[], overwrite=True)
     fit = commands.add_parser(
         "fit",
         help="fit a model to a file, with all choices",
@@ -123,6 +125,13 @@ def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="option of the model's constructor, such as n_latent=30; may be repeated",
+    )
+    parser.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further argument of the model's setup_anndata, such as unlabeled_category=Unknown; may be repeated",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the results of an earlier run in --out"

@@ -8,7 +8,7 @@ import inspect
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,21 +181,30 @@ def _set_up(model_class: Any, adata: AnnData, args: argparse.Namespace) -> None:
     unknown = [f"--{name.replace('_', '-')}" for name in given if name not in known]
     if unknown:
         raise SetupError(f"{args.model} has no use for {list_some(unknown)}. Leave it out.")
+    given |= _assignments(args.setup, known, f"setup_anndata of {args.model}")
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in given and n != "adata"]
+    if missing:
+        raise SetupError(
+            f"{args.model} needs {list_some(missing)}: give it with --setup, such as --setup {missing[0]}=VALUE."
+        )
     model_class.setup_anndata(adata, **given)
 
 
 def _options(model_class: Any, assignments: Sequence[str]) -> dict[str, Any]:
     """Parse NAME=VALUE options of the constructor."""
-    known = [
-        name for name in inspect.signature(model_class.__init__).parameters if name not in ("self", "adata")
-    ]
+    return _assignments(assignments, inspect.signature(model_class.__init__).parameters, "the model")
+
+
+def _assignments(assignments: Sequence[str], parameters: Iterable[str], of: str) -> dict[str, Any]:
+    """Parse NAME=VALUE pairs, the names being among those of a function."""
+    known = [name for name in parameters if name not in ("self", "adata")]
     options: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise SetupError(f"--set {assignment} has no value. Write --set NAME=VALUE.")
+            raise SetupError(f"{assignment} has no value. Write NAME=VALUE.")
         if name not in known:
-            raise SetupError(f"the model has no option {name!r}. It has {list_some(known, limit=40)}.")
+            raise SetupError(f"{of} has no option {name!r}. It has {list_some(known, limit=40)}.")
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a bare word is a string

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pyrocell.data.accessibility import Accessibility
 from pyrocell.data.base import Argument, Field, Frozen, Reader, column_reader, tensor_like
+from pyrocell.data.categories import Categories, Category
+from pyrocell.data.columns import Continuous, SizeFactor
 from pyrocell.data.datasets import pbmc68k
 from pyrocell.data.dna import add_dna_sequence, encode_dna, read_fasta, shuffle_dna
-from pyrocell.data.fields import Categories, Category, Continuous, Counts, SizeFactor
+from pyrocell.data.fields import Counts
 from pyrocell.data.minibatch import Cells, Dataset, prototype_cells
 from pyrocell.data.motifs import read_motifs
 from pyrocell.data.proteins import Proteins

@@ -59,7 +59,7 @@ class Accessibility(Counts):
             binary = binary and bool((entries.values == 1).all())
             largest = max(largest, float(entries.values.max(initial=0.0)))
         if not binary:
-            settings.logger.info(
+            settings.logger.warning(
                 "%s is not binary: it has values up to %g. Every value above zero is read as 1 (open).",
                 where,
                 largest,

@@ -10,7 +10,7 @@ import pandas as pd
 
 from pyrocell.data import preflight
 from pyrocell.data.base import Argument, Field, Frozen, Reader, Setup, column_reader, tensor_like
-from pyrocell.data.extension import require_as_many
+from pyrocell.data.extension import matched_columns
 from pyrocell.data.slots import Slots
 from pyrocell.errors import DataError, list_some
 
@@ -104,14 +104,15 @@ class Continuous(Columns):
         return Frozen(record, numbers=dict(zip(keys, values.T, strict=True)))
 
     def extend(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Frozen:
-        """Take the columns of a query for those of the reference, in their order."""
+        """Take the columns of a query for those of the reference."""
         keys, _ = self._values(slots, setup)
-        require_as_many(self.argument, keys, record["names"])
-        return Frozen({**record, "names": keys})
+        order = matched_columns(self.argument, keys, record["names"])
+        return Frozen({**record, "names": [keys[i] for i in order]})
 
     def open(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Reader:
         """Standardise as recorded."""
-        _, values = self._values(slots, setup)
+        keys, values = self._values(slots, setup)
+        values = values[:, matched_columns(self.argument, keys, record["names"])]
         return column_reader(self.name, (values - np.array(record["means"])) / np.array(record["sds"]))
 
 

@@ -16,7 +16,7 @@ __all__ = [
     "WARN_ABSENT",
     "absent_features",
     "joined_levels",
-    "require_as_many",
+    "matched_columns",
     "with_empty_columns",
 ]
 
@@ -88,13 +88,39 @@ def joined_levels(
     return joined, np.array([place[name] for name in names], dtype=np.int64)[codes]
 
 
-def require_as_many(argument: str, keys: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise a DataError unless a query names as many columns as the reference has covariates."""
-    if len(keys) != len(wanted):
+def matched_columns(argument: str, keys: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Match columns of other data with those that a model was made with.
+
+    Columns of the same names are matched by name, in whatever order; columns of other names by their place.
+
+    Parameters
+    ----------
+    argument
+        Argument of the set-up, for messages.
+    keys
+        Columns of the other data.
+    wanted
+        Columns of the model.
+
+    Returns
+    -------
+    list of int
+        For each column of the model, the position of the other data's.
+
+    Raises
+    ------
+    DataError
+        If their number differs, or some names agree and others do not: places would then contradict names.
+    """
+    if set(keys) == set(wanted):
+        return [list(keys).index(name) for name in wanted]
+    if len(keys) != len(wanted) or set(keys) & set(wanted):
         raise DataError(
-            f"{argument} names {len(keys)} columns of the query ({list_some(keys) or 'none'}); expected {len(wanted)}, "
-            f"in the order of the reference's: {list_some(wanted) or 'none'}."
+            f"{argument} names the columns {list_some(keys) or 'none'}; the model was made with "
+            f"{list_some(wanted) or 'none'}. Give as many: either of the same names, or all of other names, in the "
+            "model's order."
         )
+    return list(range(len(wanted)))
 
 
 def with_empty_columns(matrix: MatrixReader, present: np.ndarray) -> MatrixReader:

@@ -87,6 +87,10 @@ class Cells:
         ]
         return f"Cells({', '.join(shapes)})"
 
+    def load(self) -> Cells:
+        """Return the cells themselves: a `Selection` of cells on a device has to be put together first."""
+        return self
+
     def names(self) -> list[str]:
         """Return the names of the attributes that hold data."""
         return [name for name in self.__dict__ if name not in ("rows", "n_total")]
@@ -116,15 +120,20 @@ class Cells:
 
 def _moved(values: Tensor, device: str | torch.device) -> Tensor:
     nonzeros = NonZeros.of(values) if getattr(values, "_nonzeros", None) is not None else None
-    return values.to(device) if nonzeros is None else _dense_on(device, values.shape, nonzeros)
+    return _sent(values, device) if nonzeros is None else _dense_on(device, values.shape, nonzeros)
 
 
 def _dense_on(device: str | torch.device, shape: torch.Size, nonzeros: NonZeros) -> Tensor:
-    # The index travels with the order of its counts: to find that on the device would make the host wait.
-    there = nonzeros.to(device)
-    dense = torch.zeros(shape, dtype=there.values.dtype, device=device)
-    dense.view(-1).scatter_(0, there.flat, there.values)
-    return there.attach_to(dense)
+    dense = torch.zeros(shape, dtype=nonzeros.values.dtype, device=device)
+    dense.view(-1).scatter_(0, _sent(nonzeros.flat, device), _sent(nonzeros.values, device))
+    return dense
+
+
+def _sent(values: Tensor, device: str | torch.device) -> Tensor:
+    """Send values to a device; to CUDA through pinned memory, so that the host need not wait."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 class Dataset:
@@ -187,6 +196,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return self.n_cells
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Attributes of `Cells` that are the same in every minibatch, whichever its rows."""
+        likes = [item for record in self.schema.fields.values() for item in record["cells"].items()]
+        return frozenset(name for name, like in likes if like is not None and like.get("shared"))
 
     @property
     def names_now(self) -> pd.Index:

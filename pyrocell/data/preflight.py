@@ -216,12 +216,10 @@ def refuse_empty(totals: np.ndarray, names: pd.Index, over: str, word: str) -> N
     ----------
     totals
         Total count of each; NaN where not measured.
-    names
-        Their names.
+    names, word
+        Their names, and what they are: ``"cell"`` or ``"feature"``.
     over
         What the counts are over, in messages.
-    word
-        What they are: ``"cell"`` or ``"feature"``.
     """
     empty = totals <= 0
     if empty.any():
@@ -236,7 +234,9 @@ def _level_name(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def category_levels(column: pd.Series, where: str) -> tuple[list[str], np.ndarray]:
+def category_levels(
+    column: pd.Series, where: str, *, unlabeled: str | None = None
+) -> tuple[list[str], np.ndarray]:
     """Read a column of categories: strings, whole numbers, booleans or a pandas categorical.
 
     Parameters
@@ -245,6 +245,8 @@ def category_levels(column: pd.Series, where: str) -> tuple[list[str], np.ndarra
         One value per cell.
     where
         Name of the column in messages.
+    unlabeled
+        Name of the category that means that a cell has none, if there is such a name.
 
     Returns
     -------
@@ -259,9 +261,10 @@ def category_levels(column: pd.Series, where: str) -> tuple[list[str], np.ndarra
     """
     missing, place = column.isna().to_numpy(), where.partition(": ")[2] or where
     if missing.any():
+        name = "missing" if unlabeled is None else unlabeled
         raise DataError(
             f"{where} is missing (NaN) for {missing.sum()} cells: {list_some(column.index[missing])}. Remove the "
-            f"cells, or give them a category: {place} = {place}.astype(str)."
+            f"cells, or give them a category: {place} = {place}.astype(object).fillna({name!r})."
         )
     values = _as_categorical(column).remove_unused_categories()
     names = [_level_name(value) for value in values.categories]

@@ -129,23 +129,27 @@ class Proteins(Field):
         """Check every value of a query; proteins of the reference that it lacks were not measured in it."""
         if not record["given"]:
             return Frozen(dict(record))
+        if self._none_there(slots, setup):
+            nothing = np.zeros(slots.n_cells, dtype=bool)
+            return Frozen({**record, "absent": list(record["names"])}, measured=nothing)
         there = self._table(slots, setup).names
-        absent = [name for name in record["names"] if name not in there]
+        absent = {name for name in record["names"] if name not in there}
         if len(absent) == len(record["names"]):
             raise DataError(
-                f"The query has none of the {len(absent)} {self.name} of the reference ({list_some(absent)}), but "
-                f"{list_some(there)}. Are the names of another kind? If none was measured, give columns of zeros with "
-                "these names and say so in the mask."
+                f"The query has none of the {len(absent)} {self.name} of the reference ({list_some(record['names'])}), "
+                f"but {list_some(there)}. Are the names of another kind? If none was measured, leave the entry of "
+                "obsm out."
             )
-        record = {**record, "absent": sorted({*record.get("absent", ()), *absent})}
+        absent |= set(record.get("absent", ()))
+        record = {**record, "absent": [name for name in record["names"] if name in absent]}
         table = self._table(slots, setup, record)
         _, measured = table.check(slots.cell_names, allow_noninteger=bool(setup["allow_noninteger"]))
         return Frozen(record, measured=measured)
 
     def open(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Reader:
         """Align the proteins by name; more proteins than recorded are ignored."""
-        if not record["given"]:
-            return self._read_nothing
+        if not record["given"] or self._lacks_all(slots, setup, record):
+            return lambda rows: self._read_nothing(rows, len(record["names"]))
         table = self._table(slots, setup, record)
 
         def read(rows: np.ndarray) -> dict[str, Tensor | None]:
@@ -154,15 +158,23 @@ class Proteins(Field):
 
         return read
 
-    def _read_nothing(self, rows: np.ndarray) -> dict[str, Tensor | None]:
-        shape = (len(rows), 0)
+    def _read_nothing(self, rows: np.ndarray, n_proteins: int) -> dict[str, Tensor | None]:
+        shape = (len(rows), n_proteins)
         return {self.name: torch.zeros(shape), self.mask: torch.zeros(shape, dtype=torch.bool)}
 
     def check_values(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> None:
         """Check every value of the recorded proteins."""
-        if record["given"]:
+        if record["given"] and not self._lacks_all(slots, setup, record):
             table = self._table(slots, setup, record)
             table.check(slots.cell_names, allow_noninteger=bool(setup["allow_noninteger"]))
+
+    def _none_there(self, slots: Slots, setup: Setup) -> bool:
+        """Whether an AnnData lacks the entry altogether: a query in which nothing was measured."""
+        return slots.modality is None and setup.get(self.argument) not in slots.adata.obsm
+
+    def _lacks_all(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> bool:
+        """Whether nothing was measured, in data of a query that may be without."""
+        return list(record.get("absent", ())) == list(record["names"]) and self._none_there(slots, setup)
 
     def _given(self, slots: Slots, setup: Setup) -> bool:
         return slots.modality is not None or setup.get(self.argument) is not None

@@ -78,7 +78,7 @@ class Schema:
             item.check_setup(slots.of(name), complete)
         frozen = {name: item.freeze(slots.of(name), complete) for name, item in bound.items()}
         _warn_confounded(bound, frozen)
-        _refuse_unmeasured_panels(frozen)
+        _refuse_unmeasured_groups(bound, frozen)
         return cls(
             n_cells=slots.n_cells,
             fields={name: found.record for name, found in frozen.items()},
@@ -112,6 +112,7 @@ class Schema:
         found = {
             name: item.extend(slots.of(name), complete, self.record(name)) for name, item in bound.items()
         }
+        _refuse_unmeasured_groups(bound, found, known=self)
         return Schema(
             n_cells=slots.n_cells,
             fields={name: frozen.record for name, frozen in found.items()},
@@ -228,20 +229,26 @@ def _warn_confounded(fields: Mapping[str, Field], frozen: Mapping[str, Frozen]) 
     )
 
 
-def _refuse_unmeasured_panels(frozen: Mapping[str, Frozen]) -> None:
-    """Raise a DataError if a panel was said to have been used, and none of its cells was measured."""
-    if "panel" not in frozen or not frozen["panel"].codes:
-        return
-    [(key, codes)] = frozen["panel"].codes.items()
-    for name, found in frozen.items():
-        if found.measured is None:
+def _refuse_unmeasured_groups(
+    fields: Mapping[str, Field], frozen: Mapping[str, Frozen], known: Schema | None = None
+) -> None:
+    """Raise a DataError if a category groups the measured cells of a field, and no cell of one that is new was."""
+    for name, item in fields.items():
+        of = getattr(item, "groups_of", None)
+        measured = frozen[of].measured if of is not None else None
+        if measured is None or not frozen[name].codes:
             continue
-        n_cells = np.bincount(codes, found.measured, minlength=len(frozen["panel"].record["names"]))
-        empty = [panel for panel, n in zip(frozen["panel"].record["names"], n_cells, strict=True) if n == 0]
+        [(key, codes)] = frozen[name].codes.items()
+        levels = frozen[name].record["names"]
+        n_cells = np.bincount(codes, minlength=len(levels))
+        n_measured = np.bincount(codes, measured, minlength=len(levels))
+        n_known = 0 if known is None or not known.has(name) else known.size(name)
+        counted = list(zip(levels, n_cells, n_measured, strict=True))[n_known:]
+        empty = [level for level, n, m in counted if n and not m]
         if empty:
             raise DataError(
-                f"The column {key!r} names the panels {list_some(empty)}, but no cell of theirs has {name} that were "
-                f"measured. Give these cells the panel whose {name} are to be imputed for them, or remove them."
+                f"The column {key!r} names the {name}s {list_some(empty)}, but no cell of theirs has {of} that were "
+                f"measured. Give these cells the {name} whose {of} are to be imputed for them, or remove them."
             )
 
 

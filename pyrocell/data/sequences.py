@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 
 from pyrocell.data.base import Argument, Field, Frozen, Reader, Setup, tensor_like
+from pyrocell.data.categories import Category
 from pyrocell.data.dna import N_CODES
-from pyrocell.data.fields import Category
 from pyrocell.data.slots import Slots
 from pyrocell.data.turned import TurnedSlots
 from pyrocell.errors import DataError, SetupError, list_some

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -227,8 +226,9 @@ class _MuSlots(Slots):
             "A field with features was given no modality of the MuData; name it in modalities= of setup_mudata."
         )
 
-    @cached_property
+    @property
     def obs(self) -> pd.DataFrame:
+        """Columns about the cells as they are now: clusters may be made after the model."""
         own, further = self.adata.obs, {}
         for part in self._parts().values():
             for name in part.adata.obs:

@@ -16,7 +16,7 @@ from torch.types import _size
 
 from pyrocell.distributions.base import CountDistribution, as_reals
 from pyrocell.distributions.counts import NonZeros
-from pyrocell.distributions.shapes import broadcast
+from pyrocell.distributions.shapes import aligned
 
 __all__ = ["ScaledBernoulli"]
 
@@ -78,21 +78,17 @@ class ScaledBernoulli(CountDistribution):
         first = given[0]
         assert first is not None
         self._given = [name for name, p in zip(self.parameter_names, given, strict=True) if p is not None]
-        filled = [first.new_tensor(_ALWAYS) if p is None else p for p in given]
+        filled = [first.new_full((), _ALWAYS) if p is None else p for p in given]
         self._set_parameters(filled, validate_args=validate_args)
 
     def _score(self, value: Tensor, *, sum_last: bool) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        shape = broadcast(self.batch_shape, value.shape)
-        full = shape or torch.Size([1])
-        if value.ndim == 0 or value.shape != full[len(full) - value.ndim :]:
-            # a view of the values in another shape: searched again, on this path only
-            value = value.expand(full).contiguous()
-        n_outer = len(full) - value.ndim
+        value, shape, full, n_outer = aligned(value, self.batch_shape)
         logits = self.logits.expand(full).reshape(_grouped(full, n_outer)).contiguous()
         factors = [_thin(getattr(self, name), full, n_outer) for name in self._given[1:]]
-        call = _Call(NonZeros.of(value), sum_last, torch.is_grad_enabled())
+        ones = NonZeros.of(value) if value.device.type == "cpu" else value.reshape(-1, full[-1]) != 0
+        call = _Call(ones, sum_last, torch.is_grad_enabled())
         result: Tensor = _Score.apply(call, logits, *factors)
         return result.reshape(shape[:-1] if sum_last else shape)
 
@@ -156,7 +152,8 @@ def _thin(parameter: Tensor, full: torch.Size, n_outer: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    nonzeros: NonZeros
+    ones: NonZeros | Tensor
+    """Index of the ones, or (on other devices than the CPU, where nothing is searched) their mask."""
     sum_last: bool
     grad_mode: bool
 
@@ -170,7 +167,7 @@ class _Score(torch.autograd.Function):
         out = logits.new_empty((n_samples, n_rows) if call.sum_last else logits.shape)
         learns = call.grad_mode and any(ctx.needs_input_grad)
         slopes = [torch.empty_like(logits) for _ in range(2)] if learns else []
-        for sample, rows, seen in _blocks(call.nonzeros, logits):
+        for sample, rows, seen in _blocks(call.ones, logits):
             parts = [_part(factor, sample, rows) for factor in factors]
             into = [slope[sample, rows] for slope in slopes]
             value = _score_block(logits[sample, rows], parts, seen, into)
@@ -206,20 +203,22 @@ class _Seen:
     cols: Tensor
 
 
-def _blocks(nonzeros: NonZeros, logits: Tensor) -> Iterator[tuple[int, slice, _Seen]]:
+def _blocks(ones: NonZeros | Tensor, logits: Tensor) -> Iterator[tuple[int, slice, _Seen | Tensor]]:
     """Cut the work into some rows of one sample at a time (on other devices than CPU: all rows)."""
     n_samples, n_rows, n_columns = logits.shape
-    on_cpu = logits.device.type == "cpu"
-    step = max(1, _BLOCK // max(1, n_columns)) if on_cpu else max(1, n_rows)
+    if isinstance(ones, Tensor):
+        yield from ((sample, slice(n_rows), ones) for sample in range(n_samples))
+        return
+    step = max(1, _BLOCK // max(1, n_columns))
     one_block = step >= n_rows
-    starts = [] if one_block else nonzeros.row_starts.tolist()
+    starts = [] if one_block else ones.row_starts.tolist()
     for start in range(0, n_rows, step):
         first = 0 if one_block else starts[start]
-        last = len(nonzeros) if start + step >= n_rows else starts[start + step]
+        last = len(ones) if start + step >= n_rows else starts[start + step]
         seen = _Seen(
-            nonzeros.flat[first:last] - start * n_columns,
-            nonzeros.rows[first:last] - start,
-            nonzeros.cols[first:last],
+            ones.flat[first:last] - start * n_columns,
+            ones.rows[first:last] - start,
+            ones.cols[first:last],
         )
         for sample in range(n_samples):
             yield sample, slice(start, min(start + step, n_rows)), seen
@@ -230,7 +229,7 @@ def _part(factor: Tensor, sample: int, rows: slice) -> Tensor:
     return of_sample[rows] if of_sample.shape[0] > 1 else of_sample
 
 
-def _score_block(logits: Tensor, factors: list[Tensor], seen: _Seen, slopes: list[Tensor]) -> Tensor:
+def _score_block(logits: Tensor, factors: list[Tensor], seen: _Seen | Tensor, slopes: list[Tensor]) -> Tensor:
     """Return log-probabilities (rows, columns); write their slopes in log p and in the logits, if asked for."""
     passed, failed = torch.sigmoid(logits), torch.sigmoid(-logits.clamp(max=_LARGEST_LOGIT))
     closed = failed  # probability that the region is not accessible
@@ -242,11 +241,18 @@ def _score_block(logits: Tensor, factors: list[Tensor], seen: _Seen, slopes: lis
         failed = torch.addcmul(failed, passed, lost)
         passed = passed * through
     value = _log1m(passed, failed)
-    value.view(-1)[seen.flat] = _log_p(logits, factors, seen)
+    if isinstance(seen, Tensor):
+        log_p = sum(map(functional.logsigmoid, factors), functional.logsigmoid(logits))
+        value = torch.where(seen, log_p, value)
+    else:
+        value.view(-1)[seen.flat] = _log_p(logits, factors, seen)
     if slopes:
         in_log_p, in_logits = slopes
         torch.div(passed, failed, out=in_log_p).neg_()
-        in_log_p.view(-1)[seen.flat] = 1.0
+        if isinstance(seen, Tensor):
+            in_log_p.masked_fill_(seen, 1.0)
+        else:
+            in_log_p.view(-1)[seen.flat] = 1.0
         torch.mul(in_log_p, closed, out=in_logits)
     return value
 
@@ -254,7 +260,7 @@ def _score_block(logits: Tensor, factors: list[Tensor], seen: _Seen, slopes: lis
 def _log1m(p: Tensor, q: Tensor) -> Tensor:
     """Compute log(1 - p) given q = 1 - p, from the smaller of the two, which alone has all its digits."""
     value = torch.clamp(p, max=0.5).neg_().log1p_()
-    if p.device.type == "cpu" and not (p.numel() and float(p.max()) > 0.5):
+    if p.device.type == "cpu" and not bool((p > 0.5).any()):
         return value  # the usual case of sparse data
     return value.add_((q * 2.0).clamp_(max=1.0).log_())
 

@@ -1,4 +1,4 @@
-"""The index of the non-zero entries of a minibatch of counts, shared by everything that reads the counts."""
+"""The index of the non-zero entries of a minibatch of counts, shared by everything that reads the counts on the CPU."""
 
 from __future__ import annotations
 
@@ -107,6 +107,8 @@ class NonZeros:
     @classmethod
     def known(cls, x: Tensor) -> NonZeros | None:
         """Give the index kept on the counts ``x``, if there is one; it holds until ``x`` is modified in place."""
+        if x.is_inference():  # such tensors do not count modifications
+            return None
         kept: NonZeros | None = getattr(x, "_nonzeros", None)
         return kept if kept is not None and kept.version == _version(x) else None
 
@@ -140,19 +142,6 @@ class NonZeros:
         return NonZeros(
             self.flat, values, n_rows=self.n_rows, n_columns=self.n_columns, rows=self.rows, cols=self.cols
         )
-
-    def to(self, device: torch.device | str) -> NonZeros:
-        """Copy to a device, ranks included, so that nothing has to be searched or synchronised there."""
-        moved = NonZeros(
-            self.flat.to(device),
-            self.values.to(device),
-            n_rows=self.n_rows,
-            n_columns=self.n_columns,
-            rows=self.rows.to(device),
-            cols=self.cols.to(device),
-        )
-        moved.ranked = self.ranked.to(moved.flat.device)
-        return moved
 
 
 class RankedCounts:
@@ -203,18 +192,6 @@ class RankedCounts:
         self._places = (self.flat, self.cols)
         self._large_places = tuple(place.index_select(0, self.large) for place in self._places)
 
-    def to(self, device: torch.device) -> RankedCounts:
-        """Copy to a device; the sizes stay on the host."""
-        moved = object.__new__(RankedCounts)
-        dtype = working_dtype(device)
-        moved.at_least, moved.n_large = self.at_least, self.n_large
-        moved.flat, moved.cols, moved.values = (t.to(device) for t in (self.flat, self.cols, self.values))
-        moved.several = self.several.to(device)
-        moved.counts = self.counts.to(dtype).to(device)
-        moved.log_factorial = self.log_factorial.to(dtype).to(device)
-        moved._index_large()
-        return moved
-
     def take(self, parameter: Tensor) -> Tensor:
         """Read a parameter of shape (n_samples or 1, n_rows or 1, n_columns) at the non-zeros.
 
@@ -264,22 +241,21 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
         Dense counts, shape (n_rows, n_columns).
     rows, cols, values : Tensor or array
         Each shape (n_nonzero,): the entries row by row, each position at most once. Stored zeros are
-        dropped (on CPU; on other devices there must be none).
+        dropped.
 
     Returns
     -------
     Tensor
         ``x`` itself.
     """
-    rows = torch.as_tensor(rows, device=x.device).to(torch.int64)
-    cols = torch.as_tensor(cols, device=x.device).to(torch.int64)
-    values = torch.as_tensor(values, device=x.device)
+    rows, cols = torch.as_tensor(rows).to(torch.int64), torch.as_tensor(cols).to(torch.int64)
+    values = torch.as_tensor(values)
     if not len(rows) == len(cols) == len(values):
         raise ValueError(
             f"rows, cols and values have {len(rows)}, {len(cols)} and {len(values)} entries; give one of each per"
             " non-zero count"
         )
-    if x.device.type == "cpu" and not bool(values.all()):
+    if not bool(values.all()):
         stored = values != 0
         rows, cols, values = rows[stored], cols[stored], values[stored]
     flat = torch.add(cols, rows, alpha=x.shape[-1])
@@ -288,7 +264,7 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
 
 
 def log1p_counts(x: Tensor) -> Tensor:
-    """Compute log(1 + x) of dense counts, with the logarithm taken at non-zeros only, whose index it keeps.
+    """Compute log(1 + x) of dense counts; on the CPU, at non-zeros only, whose index is kept on the result.
 
     Parameters
     ----------
@@ -300,8 +276,10 @@ def log1p_counts(x: Tensor) -> Tensor:
     Tensor
         Dense, same shape; float32 for whole-number dtypes.
     """
-    nonzeros = NonZeros.of(x)
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    if x.device.type != "cpu":
+        return torch.log1p(x.to(dtype))
+    nonzeros = NonZeros.of(x)
     dense = torch.zeros(x.shape, dtype=dtype, device=x.device)
     values = torch.log1p(nonzeros.values.to(dtype))
     dense.view(-1).scatter_(0, nonzeros.flat, values)
@@ -316,23 +294,17 @@ def _gather(parameter: Tensor, flat: Tensor, cols: Tensor) -> Tensor:
 
 
 def _positions(mask: Tensor) -> Tensor:
-    if mask.device.type == "cpu":  # numpy's search takes half the time of torch's
-        return torch.from_numpy(mask.numpy().nonzero()[0])
-    return mask.nonzero().squeeze(-1)
+    return torch.from_numpy(mask.numpy().nonzero()[0])  # numpy's search takes half the time of torch's
 
 
 def _descending(rank: Tensor) -> Tensor:
     down = _TOP_RANK - rank
-    if rank.device.type == "cpu":  # numpy sorts bytes by counting, several times faster
-        return torch.from_numpy(down.numpy().argsort(kind="stable"))
-    return torch.argsort(down, stable=True)
+    return torch.from_numpy(down.numpy().argsort(kind="stable"))  # bytes, by counting: several times faster
 
 
 def _ascending(codes: Tensor, n_codes: int) -> Tensor:
-    if codes.device.type == "cpu":  # numpy sorts two bytes by counting too
-        smallest = np.min_scalar_type(max(n_codes - 1, 0))
-        return torch.from_numpy(codes.numpy().astype(smallest).argsort(kind="stable"))
-    return torch.argsort(codes, stable=True)
+    smallest = np.min_scalar_type(max(n_codes - 1, 0))  # numpy sorts two bytes by counting too
+    return torch.from_numpy(codes.numpy().astype(smallest).argsort(kind="stable"))
 
 
 def _starts(codes: Tensor, n_codes: int) -> Tensor:
@@ -342,4 +314,4 @@ def _starts(codes: Tensor, n_codes: int) -> Tensor:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version  # inference tensors do not count modifications
+    return 0 if x.is_inference() else x._version

@@ -1,4 +1,8 @@
-"""Log-probabilities of counts and their closed-form gradients: dense terms for zeros, gamma functions at non-zeros."""
+"""Log-probabilities of counts and their closed-form gradients: dense terms for zeros, gamma functions at non-zeros.
+
+On the CPU, gamma functions are what costs, and most counts are zeros. On other devices they cost next to nothing, and
+finding the non-zeros would make the host wait: there every entry is scored by one formula, in arrays of fixed sizes.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from pyrocell.distributions.counts import NonZeros, RankedCounts
+from pyrocell.distributions.counts import NonZeros, RankedCounts, working_dtype
 from pyrocell.distributions.gamma import large_log_rising, small_log_rising
-from pyrocell.distributions.shapes import broadcast
+from pyrocell.distributions.shapes import aligned
 
 __all__ = [
     "LOG_RATIO_LIMIT",
@@ -49,10 +54,14 @@ class Family:
     seen : callable
         (non-zero counts, parameters) -> log P(x) there and its derivative in each parameter, each
         (n_samples or 1, n_nonzero).
+    everywhere : callable
+        (counts, parameters) -> log P(x) of every count and its derivative in each parameter, in the working
+        precision, each (n_samples, n_rows, n_columns). The counts are (1, n_rows, n_columns).
     """
 
     zeros: Callable[[Sequence[Tensor], list[Tensor]], None]
     seen: Callable[[RankedCounts, Sequence[Tensor]], list[Tensor]]
+    everywhere: Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 
 def _negative_binomial_zeros(parameters: Sequence[Tensor], out: list[Tensor]) -> None:
@@ -117,7 +126,22 @@ def _negative_binomial_large(ranked: RankedCounts, log_mean: Tensor, log_theta: 
     return value, mean_slope, theta * slope - theta_up - mean_slope
 
 
-negative_binomial = Family(_negative_binomial_zeros, _negative_binomial_seen)
+def _negative_binomial_everywhere(counts: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Score by spec form (1.2), whose summands cancel: hence the working precision."""
+    x = counts.to(working_dtype(counts.device))
+    log_mean, log_theta = (parameter.to(x.dtype) for parameter in parameters)
+    phi = log_theta.clamp(*LOG_THETA_RANGE)
+    theta = phi.exp()
+    log_ratio = log_mean - phi
+    log_ratio = torch.where(x > 0, log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), log_ratio)
+    log_share, log_rest = functional.logsigmoid(log_ratio), functional.logsigmoid(-log_ratio)
+    rising, slope = large_log_rising(x, theta, parameters[0].dtype)
+    value = torch.addcmul(rising - torch.lgamma(x + 1.0), theta, log_rest).addcmul_(x, log_share)
+    mean_slope = torch.addcmul(x, log_share.exp_(), x + theta, value=-1.0)
+    return [value, mean_slope, (slope + log_rest).mul_(theta).sub_(mean_slope)]
+
+
+negative_binomial = Family(_negative_binomial_zeros, _negative_binomial_seen, _negative_binomial_everywhere)
 """NB(x | mean, theta) in (log mean, log theta)."""
 
 
@@ -141,7 +165,14 @@ def _poisson_seen(ranked: RankedCounts, parameters: Sequence[Tensor]) -> list[Te
     return [value, slope]
 
 
-poisson = Family(_poisson_zeros, _poisson_seen)
+def _poisson_everywhere(counts: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    x = counts.to(working_dtype(counts.device))
+    log_rate = parameters[0].to(x.dtype)
+    rate = log_rate.exp()
+    return [torch.where(x > 0, x * log_rate, 0.0) - rate - torch.lgamma(x + 1.0), x - rate]
+
+
+poisson = Family(_poisson_zeros, _poisson_seen, _poisson_everywhere)
 """Poisson(x | rate) in log rate."""
 
 
@@ -167,7 +198,18 @@ def zero_inflated(base: Family) -> Family:
         zi = torch.sigmoid(logits)
         return [value - _softplus_(logits, zi), *slopes, zi.neg_()]
 
-    return Family(zeros, seen)
+    def everywhere(counts: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+        *inner, zi_logits = parameters
+        value, *slopes = base.everywhere(counts, inner)
+        logits, is_zero = zi_logits.to(value.dtype), counts == 0
+        zero, not_zi = value.clone(), torch.sigmoid(-logits)
+        owned = torch.sigmoid(zero - logits)
+        _inflate_zero_(zero, logits, not_zi, owned)
+        value = torch.where(is_zero, zero, value - functional.softplus(logits))
+        slopes = [torch.where(is_zero, slope * owned, slope) for slope in slopes]
+        return [value, *slopes, torch.where(is_zero, not_zi - owned, not_zi - 1.0)]
+
+    return Family(zeros, seen, everywhere)
 
 
 def _inflate_zero_(zero: Tensor, zi_logits: Tensor, not_zi: Tensor, owned: Tensor) -> None:
@@ -220,16 +262,11 @@ def score_counts(
     Tensor
         Broadcast shape of ``value`` and ``batch_shape``, without its last dimension if that was summed.
     """
-    shape = broadcast(batch_shape, value.shape)
-    full = shape or torch.Size([1])
-    if value.ndim == 0 or value.shape != full[len(full) - value.ndim :]:
-        # a view of the counts in another shape: searched again, on this path only
-        value = value.expand(full).contiguous()
-    n_outer = len(full) - value.ndim
+    value, shape, full, n_outer = aligned(value, batch_shape)
     mean, *others = parameters
     blocks = [_blocks(mean.expand(full), full, n_outer), *(_blocks(other, full, n_outer) for other in others)]
-    ranked = NonZeros.of(value).ranked
-    result: Tensor = _Score.apply(_Call(family, ranked, sum_last, torch.is_grad_enabled()), *blocks)
+    counts = NonZeros.of(value).ranked if value.device.type == "cpu" else value.reshape(1, -1, full[-1])
+    result: Tensor = _Score.apply(_Call(family, counts, sum_last, torch.is_grad_enabled()), *blocks)
     return result.reshape(shape[:-1] if sum_last else shape)
 
 
@@ -252,23 +289,23 @@ def _blocks(parameter: Tensor, full: torch.Size, n_outer: int) -> Tensor:
 @dataclass(frozen=True)
 class _Call:
     family: Family
-    ranked: RankedCounts
+    counts: RankedCounts | Tensor
     sum_last: bool
     grad_mode: bool
 
 
 class _Score(torch.autograd.Function):
-    """Join zeros and non-zeros; keep the slopes, so that backward is a product and a reduction per parameter."""
+    """Keep the slopes, so that backward is a product and a reduction per parameter."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *parameters: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[1:]
         n_dense = 1 + len(parameters) if call.grad_mode and any(wanted) else 1
-        dense = [torch.empty_like(parameters[0]) for _ in range(n_dense)]
-        _zeros_by_blocks(call.family, parameters, dense)
-        for everywhere, seen in zip(dense, call.family.seen(call.ranked, parameters), strict=False):
-            call.ranked.put(everywhere, seen)
-        value, *slopes = dense
+        if isinstance(call.counts, Tensor):
+            found = call.family.everywhere(call.counts, parameters)[:n_dense]
+            value, *slopes = (values.to(parameters[0].dtype) for values in found)
+        else:
+            value, *slopes = _join(call.family, call.counts, parameters, n_dense)
         ctx.sum_last, ctx.shapes = call.sum_last, [parameter.shape for parameter in parameters]
         ctx.save_for_backward(*(slope for slope, needed in zip(slopes, wanted, strict=False) if needed))
         return value.sum(-1) if call.sum_last else value
@@ -283,10 +320,19 @@ class _Score(torch.autograd.Function):
         )
 
 
+def _join(family: Family, ranked: RankedCounts, parameters: Sequence[Tensor], n_dense: int) -> list[Tensor]:
+    """Score zeros everywhere, then put the non-zeros in their places."""
+    dense = [torch.empty_like(parameters[0]) for _ in range(n_dense)]
+    _zeros_by_blocks(family, parameters, dense)
+    for everywhere, seen in zip(dense, family.seen(ranked, parameters), strict=False):
+        ranked.put(everywhere, seen)
+    return dense
+
+
 def _zeros_by_blocks(family: Family, parameters: Sequence[Tensor], out: list[Tensor]) -> None:
-    """Call ``family.zeros``, on CPU some rows at a time: its temporaries then stay small, in memory and cache."""
+    """Call ``family.zeros`` some rows at a time: its temporaries then stay small, in memory and cache."""
     n_samples, n_rows, n_columns = out[0].shape
-    step = max(1, _BLOCK // max(1, n_samples * n_columns)) if out[0].device.type == "cpu" else max(1, n_rows)
+    step = max(1, _BLOCK // max(1, n_samples * n_columns))
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
         part = [parameter if parameter.shape[1] == 1 else parameter[:, rows] for parameter in parameters]

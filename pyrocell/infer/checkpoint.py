@@ -50,7 +50,7 @@ def write_checkpoint(trainer: Trainer, folder: str | Path) -> None:
         "options": trainer.options,
         "progress": vars(trainer.progress),
         "shuffle": trainer.shuffle.bit_generator.state,
-        "optimizer": {"scalars": scalars, "lr": [g["lr"] for g in trainer.optimizer.param_groups]},
+        "optimizer": {"scalars": scalars, "lr": [float(g["lr"]) for g in trainer.optimizer.param_groups]},
         "plateau": _plateau(trainer),
     }
     files.write_folder(folder, "checkpoint", tensors, record)

@@ -216,8 +216,9 @@ class PredictiveAccumulator:
         error = features["predicted_zero_fraction"] - features["observed_zero_fraction"]
         numbers["mae_zero_fraction"] = float(error.abs().mean())
         for name in _STATISTICS:
-            bounds = features[f"predicted_{name}_lower"], features[f"predicted_{name}_upper"]
-            numbers[f"inside_{name}"] = float(features[f"observed_{name}"].between(*bounds).mean())
+            measured = features.dropna(subset=[f"observed_{name}"])
+            bounds = measured[f"predicted_{name}_lower"], measured[f"predicted_{name}_upper"]
+            numbers[f"inside_{name}"] = float(measured[f"observed_{name}"].between(*bounds).mean())
         numbers |= {name: float(value[0]) for name, value in _calibration(histogram[None]).items()}
         return pd.Series(numbers, name="predictive check")
 
@@ -243,7 +244,10 @@ def _statistics(moments: np.ndarray, n_cells: np.ndarray) -> tuple[np.ndarray, n
 
 def _calibration(histogram: np.ndarray) -> dict[str, np.ndarray]:
     """Coverage of central intervals, and distance to the uniform, from histograms of shape (n, bins)."""
-    cumulative = histogram.cumsum(axis=1) / np.maximum(histogram.sum(axis=1, keepdims=True), 1)
+    total = histogram.sum(axis=1, keepdims=True)
+    cumulative = histogram.cumsum(axis=1) / np.where(
+        total > 0, total, np.nan
+    )  # measured nowhere: not a number
     edges = np.arange(1, _N_BINS + 1) / _N_BINS
 
     def coverage(level: float) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
+from torch.distributions import Distribution
 
 __all__ = [
     "CELLS",
     "NO_WARMUP",
     "AtMean",
+    "OnDevice",
     "Record",
     "Site",
     "Until",
@@ -90,9 +93,12 @@ class Warmup(Messenger):
         self.weight = weight
 
     def _pyro_sample(self, msg: Any) -> None:
-        if warms_up(msg):
+        warm = warms_up(msg)
+        weighted = is_latent(msg) and is_local(msg) and "kl_weight" in msg["infer"]
+        if warm or weighted:
             msg["infer"] = {**msg["infer"], "scale_before_warmup": msg["scale"]}
-            msg["scale"] = msg["scale"] * (self.weight * msg["infer"].get("kl_weight", 1.0))
+            weight = msg["infer"].get("kl_weight", 1.0) * (self.weight if warm else 1.0)
+            msg["scale"] = msg["scale"] * weight
 
 
 class AtMean(Messenger):
@@ -101,6 +107,46 @@ class AtMean(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if is_latent(msg) and msg["value"] is None and not enumerates(msg):
             msg["value"] = msg["fn"].mean
+
+
+class OnDevice(Messenger):
+    """Move distributions that were written with plain numbers, or held since the model was made, to the model's device.
+
+    Parameters
+    ----------
+    device
+        Where the parameters of the model are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            msg["fn"] = _moved(msg["fn"], self.device)
+
+
+def _moved(distribution: Any, device: torch.device) -> Any:
+    changed: dict[str, Any] = {}
+    for name, value in vars(distribution).items():
+        if isinstance(value, torch.Tensor) and value.device.type != device.type:
+            changed[name] = _sent(value, device)
+        elif isinstance(value, Distribution) and (moved := _moved(value, device)) is not value:
+            changed[name] = moved
+    if not changed:
+        return distribution
+    new = copy.copy(distribution)
+    vars(new).update(changed)
+    return new
+
+
+def _sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device; a plain number, however far it was expanded, is written there without any copy."""
+    if value.numel() and value.untyped_storage().nbytes() <= value.element_size():
+        number = value.flatten()[0].item()
+        return torch.full((), number, dtype=value.dtype, device=device).expand(value.shape)
+    return value.to(device)
 
 
 class Record(Messenger):

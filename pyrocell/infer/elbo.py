@@ -38,6 +38,9 @@ class Population(Protocol):
     def __len__(self) -> int:
         """Return the number of cells in the minibatch."""
 
+    def load(self) -> Any:
+        """Return the cells themselves, where these are only named (`pyrocell.data.resident.Selection`)."""
+
 
 Program = Callable[[Any], Any]
 ExtraTerms = Callable[[Any, Mapping[str, Site]], dict[str, torch.Tensor]]
@@ -81,10 +84,10 @@ class ElboTerms:
         self.sites |= extra
         self.loss = sum(extra.values(), self.loss)
 
-    def totals(self) -> torch.Tensor:
-        """Reconstruction, local and global KL, then the extra terms in their order, each summed over the cells."""
+    def totals(self, extra: Iterable[str] = ()) -> torch.Tensor:
+        """Reconstruction, local and global KL, then the extra terms named, each summed over the cells."""
         n_cells = len(self.reconstruction)
-        rest = [term.detach() * n_cells for term in (self.kl_global, *self.extra.values())]
+        rest = [term.detach() * n_cells for term in (self.kl_global, *(self.extra[name] for name in extra))]
         return torch.stack([self.reconstruction.sum(), self.kl_local.sum(), *rest])
 
 
@@ -128,7 +131,9 @@ class Elbo:
         self._enumerates = True  # until the pair was inspected
         self.has_classes_of_model_alone = False
 
-    def __call__(self, cells: Population, weight: float | torch.Tensor = 1.0) -> ElboTerms:
+    def __call__(
+        self, cells: Population, weight: float | torch.Tensor = 1.0, *, with_extra: bool = False
+    ) -> ElboTerms:
         """Evaluate the bound on a minibatch.
 
         Parameters
@@ -137,6 +142,8 @@ class Elbo:
             Minibatch of B cells.
         weight
             KL weight in [0, 1] of the local latents that warm up.
+        with_extra
+            Whether to add the extra terms to the loss, as a training step does; they belong to no bound.
 
         Raises
         ------
@@ -148,7 +155,7 @@ class Elbo:
         if self._analytic is None:
             self._inspect(model_trace, guide_trace, cells)
         terms = self._sum(model_trace, guide_trace, cells)
-        if self.extra_terms is not None:
+        if with_extra and self.extra_terms is not None:
             sites = {name: site for name, site in guide_trace.nodes.items() if site["type"] == "sample"}
             terms.add(self.extra_terms(cells, sites))
         return terms
@@ -248,7 +255,9 @@ def _kl(site: Site, guide_site: Site, *, analytic: bool) -> torch.Tensor:
     if analytic and not isinstance(guide_site["fn"], Delta):  # Pyro's KL of a Delta forgets its log_density
         try:
             kl = kl_divergence(guide_site["fn"], site["fn"])
-            return scale_and_mask(kl.expand(guide_site["fn"].batch_shape), mask=guide_site["mask"])
+            # A prior that depends on an enumerated site has the classes in a dimension of its own, left of the guide's.
+            shape = torch.broadcast_shapes(kl.shape, guide_site["fn"].batch_shape)
+            return scale_and_mask(kl.expand(shape), mask=guide_site["mask"])
         except NotImplementedError:  # no closed form registered for this pair
             pass
     return log_prob(guide_site) - log_prob(site)

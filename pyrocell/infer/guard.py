@@ -31,15 +31,27 @@ class FiniteGuard:
         """Forget the last gradients, and keep the running statistics: a forward pass changes them."""
         for parameter in self.parameters:
             parameter.grad = None
-        self._kept = [b.clone() for b in self.buffers]
+        self._kept = list(torch._foreach_add(self.buffers, 0.0)) if self.buffers else []
 
     def undo(self) -> None:
         """Bring the running statistics back."""
         for buffer, kept in zip(self.buffers, self._kept, strict=True):
             buffer.copy_(kept)
 
-    def is_finite(self, loss: torch.Tensor) -> bool:
-        """Clip the gradient if asked, and say whether all of it is finite, and the loss.
+    def undo_unless(self, finite: torch.Tensor) -> None:
+        """Bring the running statistics back where a step was not finite, without asking the device.
+
+        Parameters
+        ----------
+        finite
+            Whether it was, a scalar.
+        """
+        if self.buffers:
+            pairs = zip(self.buffers, self._kept, strict=True)
+            torch._foreach_copy_(self.buffers, [torch.where(finite, *pair) for pair in pairs])
+
+    def is_finite(self, loss: torch.Tensor) -> torch.Tensor:
+        """Clip the gradient if asked, and say whether all of it is finite, and the loss: a scalar on the device.
 
         Parameters
         ----------
@@ -48,10 +60,11 @@ class FiniteGuard:
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if self.max_grad_norm is None:
-            total = torch.stack([loss, *(grad.sum() for grad in grads)]).sum()  # one number tells of them all
+            # One number tells of them all; the largest entries do not overflow, as sums of squares would.
+            total = torch.stack([loss, *torch._foreach_norm(grads, float("inf"))]).sum()
         else:
             total = loss + torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        return bool(total.isfinite())
+        return total.isfinite()
 
     def culprit(self, terms: ElboTerms) -> str:
         """Name the sites, or else the parameters, that are not finite.

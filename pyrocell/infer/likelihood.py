@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import sum_rightmost
+from torch.distributions import Independent
 
 from pyrocell.infer.draws import Drawer
 from pyrocell.infer.effects import is_latent, is_local, is_observed
@@ -114,8 +117,8 @@ def _log_joint(drawer: Drawer, cells: Any, latents: Mapping[str, torch.Tensor]) 
     guide_trace = drawer.guide_trace(cells, n_draws)
     with _at(latents):
         trace = drawer.model_trace(cells, guide_trace, n_draws)
-    sites = [site for site in trace.nodes.values() if is_observed(site) and is_local(site)]
-    total: Any = sum(log_prob(site) for site in sites)
+    sites = [(n, site) for n, site in trace.nodes.items() if is_observed(site) and is_local(site)]
+    total: Any = sum(_density(site) if name in latents else log_prob(site) for name, site in sites)
     return total.reshape(n_draws)
 
 
@@ -124,8 +127,21 @@ def _log_guide(drawer: Drawer, cells: Any, latents: Mapping[str, torch.Tensor]) 
     n_draws = len(next(iter(latents.values())))
     with _at(latents):
         trace = drawer.guide_trace(cells, n_draws)
-    total: Any = sum(log_prob(trace.nodes[name]) for name in latents)
+    total: Any = sum(_density(trace.nodes[name]) for name in latents)
     return total.expand(n_draws, len(cells))
+
+
+def _density(site: Any) -> torch.Tensor:
+    """Return the log density of a latent at a draw, whatever a mask says was measured in the cell.
+
+    Densities at one draw are added over cells. With masks, those of some cells would be over fewer dimensions than
+    those of others, and could not be compared.
+    """
+    fn, n_event = site["fn"], 0
+    while isinstance(fn, Independent | MaskedDistribution):
+        n_event += getattr(fn, "reinterpreted_batch_ndims", 0)
+        fn = fn.base_dist
+    return sum_rightmost(fn.log_prob(site["value"]), n_event)
 
 
 def _at(latents: Mapping[str, torch.Tensor]) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ from pyrocell.errors import TrainingError
 __all__ = ["TrainingPlan"]
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+
+@contextmanager
+def _tfloat32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,11 @@ class TrainingPlan:
     lr_plateau, lr_factor, lr_patience, lr_min
         Multiply the learning rate by ``lr_factor`` after ``lr_patience`` epochs without improvement.
     precision
-        ``"float32"`` or ``"bfloat16"`` for the networks' matrix products; likelihoods are always float32.
+        ``"float32"``, ``"tfloat32"`` (on CUDA alone) or ``"bfloat16"`` for the networks' matrix products; likelihoods
+        are always float32.
+    record_step
+        On CUDA, record the training step once as a graph and replay it, where the optimizer and the model allow that;
+        without it a step spends most of its time on starting small computations.
     checkpoint
         Folder that holds the newest state, written every ``checkpoint_every`` epochs; `train` goes on from it
         with ``resume=``.
@@ -78,6 +93,7 @@ class TrainingPlan:
     lr_patience: int = 30
     lr_min: float = 0.0
     precision: str = "float32"
+    record_step: bool = True
     checkpoint: str | Path | None = None
     checkpoint_every: int = 10
     max_bad_steps: int = 10
@@ -91,8 +107,10 @@ class TrainingPlan:
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"betas is {self.betas}; expected two numbers from 0 to below 1.")
-        if self.precision not in ("float32", "bfloat16"):
-            raise TrainingError(f"precision is {self.precision!r}; expected 'float32' or 'bfloat16'.")
+        if self.precision not in ("float32", "tfloat32", "bfloat16"):
+            raise TrainingError(
+                f"precision is {self.precision!r}; expected 'float32', 'tfloat32' or 'bfloat16'."
+            )
         if not 0 <= self.min_kl_weight <= self.max_kl_weight:
             raise TrainingError(
                 f"KL weights go from {self.min_kl_weight} to {self.max_kl_weight}; expected 0 <= min_kl_weight <= "
@@ -136,6 +154,19 @@ class TrainingPlan:
         fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
         return kind(groups, lr=lr, betas=self.betas, fused=fused)
 
+    def products(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the context in which the networks' matrix products have the precision asked for.
+
+        Parameters
+        ----------
+        device
+            Where they are computed.
+        """
+        if self.precision == "bfloat16":
+            # Casts that were kept from one step would be lost to a recorded one.
+            return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=device.type != "cuda")
+        return _tfloat32() if self.precision == "tfloat32" else nullcontext()
+
     def kl_weight(self, epoch: int, step: int, n_epochs: int) -> float:
         """Return the KL weight at some point of training.
 
@@ -156,7 +187,8 @@ class TrainingPlan:
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that decide how training goes, as plain values: what a checkpoint must agree in."""
-        other = {"checkpoint", "checkpoint_every", "max_bad_steps", "train_indices", "validation_indices"}
+        other = {"checkpoint", "checkpoint_every", "max_bad_steps", "record_step"}
+        other |= {"train_indices", "validation_indices"}
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in other}
         record["betas"] = list(self.betas)
         record["optimizer"] = self.optimizer if isinstance(self.optimizer, str) else "custom"

@@ -65,6 +65,8 @@ class DifferentialOptions:
         At most so many pairs of draws in each comparison; at most four for each draw of the smaller side.
     pseudocount
         Added to both sides before the ratio, or None to learn it from the features that are hardly observed.
+    effect
+        ``"log2_ratio"`` or ``"difference"`` of the two sides; None for what the verb says of itself.
     test
         ``"three"``: the probability of the likelier of up and down; ``"two"``: the probability of either; ``"one"``: of
         up, that is, higher in the first group.
@@ -90,6 +92,7 @@ class DifferentialOptions:
     n_samples: int = 5000
     n_pairs: int = 10000
     pseudocount: float | None = None
+    effect: Literal["log2_ratio", "difference"] | None = None
     test: Literal["three", "two", "one"] = "three"
     weights: Literal["uniform", "importance"] = "uniform"
     truncate_weights: bool = False
@@ -105,6 +108,11 @@ class DifferentialOptions:
             ("n_samples", self.n_samples >= 2, "an integer of at least 2"),
             ("n_pairs", self.n_pairs >= 2, "an integer of at least 2"),
             ("pseudocount", _positive(self.pseudocount), "a positive number, or None to learn it"),
+            (
+                "effect",
+                self.effect in ("log2_ratio", "difference", None),
+                "'log2_ratio', 'difference' or None",
+            ),
             ("test", self.test in ("three", "two", "one"), "'three', 'two' or 'one'"),
             ("weights", self.weights in ("uniform", "importance"), "'uniform' or 'importance'"),
             ("credible_interval", mass is None or 0 < mass < 1, "a mass below 1, such as 0.95, or None"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,14 @@ import torch
 
 from pyrocell import settings
 from pyrocell.errors import PyrocellWarning, TrainingError
+from pyrocell.infer.capture import StepGraphs, can_be_recorded
 from pyrocell.infer.checkpoint import Progress, write_checkpoint
-from pyrocell.infer.elbo import Elbo, ElboTerms, Population
+from pyrocell.infer.elbo import Elbo, Population
 from pyrocell.infer.guard import FiniteGuard
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.progress import ProgressBar
 from pyrocell.infer.streams import RandomStream, seeded
+from pyrocell.infer.tally import Tally
 
 __all__ = ["Trainer"]
 
@@ -86,6 +87,9 @@ class Trainer:
         )
         self.progress = Progress()
         self.guard = FiniteGuard(module, plan.max_grad_norm)
+        self.tally = Tally(self.device)
+        recorded = plan.record_step and can_be_recorded(self.optimizer)
+        self.graphs = StepGraphs(elbo, self.optimizer, self.guard, self.tally) if recorded else None
         self._last_finite = self._snapshot()
         self.best_state: dict[str, torch.Tensor] | None = None
 
@@ -124,34 +128,33 @@ class Trainer:
 
     def _train_epoch(self, training: Minibatches) -> dict[str, float]:
         self.module.train()
-        begin, sums, n_cells, skipped = time.perf_counter(), torch.zeros(3, device=self.device), 0, 0
-        weight, names = 0.0, ["reconstruction", "kl_local", "kl_global"]
+        begin, weight = time.perf_counter(), 0.0
+        self.tally.begin()
         for cells in training(self.shuffle):
             weight = self.plan.kl_weight(self.progress.epoch, self.progress.step, self.n_epochs_kl_warmup)
-            terms = self._step(cells, weight)
+            if self.graphs is None or not self.graphs.replay(cells, weight, self.plan.products(self.device)):
+                self._step(cells.load(), weight)
             self.progress.step += 1
-            if terms is None:
-                skipped += 1
-                continue
-            sums = terms.totals() + (sums if n_cells else 0.0)
-            names = [*names[:3], *terms.extra]
-            n_cells += len(cells)
-        means = (sums / max(n_cells, 1)).tolist()
+        if self.graphs is not None:
+            self.graphs.end_epoch()
+        epoch = self.tally.read()
+        if epoch.skipped_on_device:
+            self._report_bad_steps(epoch.skipped_on_device, epoch.culprit, epoch.longest)
         return {
             "epoch": self.progress.epoch,
-            "elbo_train": sum(means[:3]),
-            **{f"{name}_train": mean for name, mean in zip(names, means, strict=True)},
+            "elbo_train": sum(list(epoch.means.values())[:3]),
+            **{f"{name}_train": mean for name, mean in epoch.means.items()},
             "kl_weight": weight,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": time.perf_counter() - begin,
-            "skipped_steps": skipped,
+            "skipped_steps": epoch.skipped,
         }
 
-    def _step(self, cells: Population, weight: float) -> ElboTerms | None:
-        """Take one step; None when it was skipped because the loss or a gradient was not finite."""
+    def _step(self, cells: Population, weight: float) -> None:
+        """Take one step, or skip it because the loss or a gradient is not finite."""
         self.guard.remember()
-        with self._autocast():
-            terms = self.elbo(cells, weight)
+        with self.plan.products(self.device):
+            terms = self.elbo(cells, weight, with_extra=True)
         if not terms.loss.requires_grad:
             raise TrainingError(
                 "The loss depends on no parameter; give the model or its guide something to learn."
@@ -159,22 +162,24 @@ class Trainer:
         terms.loss.backward()
         if not self.guard.is_finite(terms.loss):
             self.guard.undo()
-            self._count_bad_step(self.guard.culprit(terms))
-            return None
+            self.tally.skip()
+            self.progress.bad_in_a_row += 1
+            self._report_bad_steps(1, self.guard.culprit(terms), self.progress.bad_in_a_row)
+            return
         self.progress.bad_in_a_row = 0
         self.optimizer.step()
-        return terms
+        self.tally.add(terms)
 
-    def _count_bad_step(self, culprit: str) -> None:
-        self.progress.bad_in_a_row += 1
-        settings.logger.warning("epoch %d: step skipped, %s not finite", self.progress.epoch, culprit)
-        if self.progress.bad_in_a_row >= self.plan.max_bad_steps:
+    def _report_bad_steps(self, n: int, culprit: str, in_a_row: int) -> None:
+        """Log steps that were skipped, and stop after too many in a row."""
+        settings.logger.warning("epoch %d: %d skipped, %s not finite", self.progress.epoch, n, culprit)
+        if in_a_row >= self.plan.max_bad_steps:
             self.module.load_state_dict(self._last_finite)
             self.module.eval()
             raise TrainingError(
-                f"{self.progress.bad_in_a_row} steps in a row had non-finite {culprit} (epoch {self.progress.epoch}). "
-                "The model holds its last finite state. Lower lr, set TrainingPlan(max_grad_norm=10), or look for "
-                "extreme values in the data."
+                f"{in_a_row} steps in a row had non-finite {culprit} (epoch {self.progress.epoch}). The model holds "
+                "its last finite state. Lower lr, set TrainingPlan(max_grad_norm=10), or look for extreme values in "
+                "the data."
             )
 
     def _validates(self) -> bool:
@@ -191,7 +196,7 @@ class Trainer:
         with seeded(self.stream.seed):
             for cells in validation(None):
                 n_cells += len(cells)
-                terms = self.elbo(cells, self.plan.max_kl_weight)
+                terms = self.elbo(cells.load(), self.plan.max_kl_weight)
                 sums += torch.cat([terms.totals(), terms.loss.reshape(1) * len(cells)])
         reconstruction, kl_local, kl_global, loss = (sums / n_cells).tolist()
         row = {
@@ -230,11 +235,6 @@ class Trainer:
 
     def _snapshot(self) -> dict[str, torch.Tensor]:
         return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
-
-    def _autocast(self) -> Any:
-        if self.plan.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _warn_of_skipped_steps(self) -> None:
         n = int(sum(row["skipped_steps"] for row in self.progress.rows))

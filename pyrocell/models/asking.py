@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
@@ -14,8 +12,9 @@ import pandas as pd
 import torch
 
 from pyrocell.data import Cells
-from pyrocell.errors import QueryError, list_some
+from pyrocell.errors import QueryError
 from pyrocell.infer.draws import SiteDraws
+from pyrocell.models.chosen import chosen_cells, chosen_features
 from pyrocell.models.given import circumstances_of
 from pyrocell.nn import FeatureLinear, select_features
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from pyrocell.models.core import ModelCore
 
-__all__ = ["Question", "chosen_cells", "chosen_features", "is_latent_size", "measured_in"]
+__all__ = ["Question"]
 
 # A block of draws of this many numbers stays in the processor's cache; larger ones are slower, not faster.
 _BLOCK_NUMBERS = 2**20
@@ -78,10 +77,17 @@ class Question:
         """Turn to the features of a field, or some of them by name; returns the question itself."""
         names = self.model.data.names(field)
         self.field = field
-        self.features = None if features is None else chosen_features(features, names)
+        others = {other: self.model.data.names(other) for other in self.model.observed_sites.values()}
+        self.features = None if features is None else chosen_features(features, names, others)
         self.feature_names = list(names) if features is None else list(features)
         self.n_features = len(names)
         return self
+
+    @property
+    def _n_wide(self) -> int:
+        """Features of all kinds: the same blocks, hence the same draws, whichever kind is asked for."""
+        fields = {*self.model.observed_sites.values(), self.field}
+        return max(1, sum(self.model.data.size(field) for field in fields))
 
     def about(self, rows: np.ndarray, given: Mapping[str, Any] | None = None) -> Question:
         """Return the same question about other cells, under other circumstances."""
@@ -92,9 +98,7 @@ class Question:
 
     def block_size(self, n_samples: int) -> int:
         """Return the number of cells to work on at once."""
-        size = self.batch_size or max(
-            _SMALLEST_BLOCK, _BLOCK_NUMBERS // (n_samples * max(1, self.n_features))
-        )
+        size = self.batch_size or max(_SMALLEST_BLOCK, _BLOCK_NUMBERS // (n_samples * self._n_wide))
         # Pyro takes parameters of single cells as they lie when a block holds all cells, in whatever order.
         return max(1, min(size, self.dataset.n_cells - 1)) if self.model.has_local_parameters else size
 
@@ -113,7 +117,7 @@ class Question:
         if n_samples < 1:
             raise QueryError(f"n_samples is {n_samples}; expected at least 1.")
         drawer = self.model.drawer()
-        n_at_once = max(1, min(n_samples, _BLOCK_NUMBERS // (_SMALLEST_BLOCK * max(1, self.n_features))))
+        n_at_once = max(1, min(n_samples, _BLOCK_NUMBERS // (_SMALLEST_BLOCK * self._n_wide)))
         for place, cells in self.blocks(self.block_size(n_at_once)):
             versions = [given(cells) for given in self.circumstances]
             for start in range(0, n_samples, n_at_once):
@@ -241,53 +245,3 @@ class Question:
         return pd.DataFrame(
             values, index=self.dataset.obs_names[self.rows], columns=self.feature_names, copy=False
         )
-
-
-def chosen_cells(indices: Sequence[int] | np.ndarray | None, n_cells: int) -> np.ndarray:
-    """Turn positions or a boolean mask into positions, refusing what is out of range."""
-    if indices is None:
-        return np.arange(n_cells)
-    chosen = np.asarray(indices)
-    if chosen.dtype == bool:
-        if chosen.shape != (n_cells,):
-            raise QueryError(
-                f"indices is a mask of shape {chosen.shape}; expected one entry for each of {n_cells} cells."
-            )
-        return np.flatnonzero(chosen)
-    if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
-        raise QueryError(
-            f"indices has type {chosen.dtype} and {chosen.ndim} dimensions; expected positions (integers) or a boolean "
-            "mask. For names, use adata.obs_names.get_indexer(names)."
-        )
-    bad = chosen[(chosen < -n_cells) | (chosen >= n_cells)]
-    if bad.size:
-        raise QueryError(f"indices has {list_some(bad.tolist())}; the data have {n_cells} cells.")
-    return chosen.astype(np.int64) % n_cells
-
-
-def chosen_features(features: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Turn feature names into positions, refusing unknown ones by name."""
-    if isinstance(features, str):
-        raise QueryError(f"Features were given as the single string {features!r}; give a list of names.")
-    where = {name: i for i, name in enumerate(names)}
-    missing = [name for name in features if name not in where]
-    if missing:
-        close = [match for name in missing[:5] for match in difflib.get_close_matches(str(name), names, n=1)]
-        hint = f" Close: {list_some(close)}." if close else ""
-        raise QueryError(f"The model has no features {list_some(missing)}; it has {len(names)}.{hint}")
-    return [where[name] for name in features]
-
-
-def measured_in(cells: Cells, field: str) -> torch.Tensor | None:
-    """Return which values of a field were measured, bool (B, n_features), or None for all."""
-    mask: torch.Tensor | None = getattr(cells, f"{field}_mask", None)
-    return mask
-
-
-def is_latent_size(library_size: object) -> bool:
-    """Whether each cell's own size is meant, refusing what is neither that nor a positive number."""
-    if library_size == "latent":
-        return True
-    if not isinstance(library_size, int | float | np.number) or not 0 < library_size < math.inf:
-        raise QueryError(f"library_size is {library_size!r}; expected a positive number, or 'latent'.")
-    return False

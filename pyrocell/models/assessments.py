@@ -13,7 +13,8 @@ from pyrocell.infer.criticism import PredictiveAccumulator, PredictiveCheck
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.elbo import ElboTerms
 from pyrocell.infer.likelihood import log_marginal
-from pyrocell.models.asking import Question, chosen_features, measured_in
+from pyrocell.models.asking import Question
+from pyrocell.models.chosen import chosen_features, measured_in
 from pyrocell.models.queries import Indices, Names, Queries
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from pyrocell.infer.abundance import abundance_scores, sample_log_densities
 from pyrocell.infer.comparison import Comparison, compare_groups
 from pyrocell.infer.differential import differential, joined_tables
 from pyrocell.infer.scale_sampler import DifferentialOptions
-from pyrocell.models.asking import Question, chosen_cells
+from pyrocell.models.asking import Question
+from pyrocell.models.chosen import chosen_cells
 from pyrocell.models.queries import Queries
 from pyrocell.models.roles import needs
 from pyrocell.models.sampling import PopulationSampler, raw_summaries
@@ -124,12 +125,12 @@ class Comparisons(Queries):
         batches = [{"batch": name} for name in self.data.names("batch")] if batch_correction else None
         tables = {}
         for site, field in sites.items():
-            fixed = self.pseudocounts.get(field)
+            fixed = self.pseudocounts.get(field) if options.pseudocount is None else None
             tables[field] = differential(
                 PopulationSampler(question.over(field), self, site),
                 comparisons,
                 mode=mode,
-                effect=effect,
+                effect=options.effect or effect,
                 delta=delta,
                 batches=batches,
                 fdr_target=fdr_target,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from torch import nn
 from pyrocell.data import Cells, Dataset, Schema, prototype_cells, read_setup, setup_of
 from pyrocell.errors import DataError, NotTrainedError, QueryError, SetupError
 from pyrocell.infer.draws import Drawer
-from pyrocell.infer.effects import CELLS, Site, is_latent, is_local
+from pyrocell.infer.effects import CELLS, OnDevice, is_latent, is_local
 from pyrocell.infer.elbo import Elbo
 from pyrocell.infer.landmarks import Landmarks
 from pyrocell.infer.plan import TrainingPlan
@@ -112,10 +112,10 @@ class ModelCore(metaclass=ModelMeta):
         self.landmarks: Landmarks | None = None  # of the reference, where they are known
         self.train_indices = self.validation_indices = np.array([], dtype=np.int64)
         if adata is not None:
-            known = self.data is not None
-            if not known:
+            known: Schema | None = self.data
+            if known is None:
                 self.data = Schema.freeze(adata, self.fields, read_setup(adata, type(self).__name__))
-            self.attach(adata, check=known)
+            self.attach(adata, check=False)  # whoever made the schema has checked every value
 
     def attach(self, adata: AnnData | MuData, *, check: bool = True) -> None:
         """Take data to work on, seen through the schema."""
@@ -152,7 +152,7 @@ class ModelCore(metaclass=ModelMeta):
         self.cell_names = list(names) if self.has_local_parameters else []
         with pyro.validation_enabled(True), torch.no_grad():
             elbo = self.elbo()
-            elbo(cells)
+            elbo(cells, with_extra=True)
         self._classes_of_model_alone = elbo.has_classes_of_model_alone
 
     def _has_latents(self, cells: Cells) -> bool:
@@ -167,12 +167,8 @@ class ModelCore(metaclass=ModelMeta):
             self._program(self.model),
             self._guide_program(),
             max_plate_nesting=self.max_plate_nesting,
-            extra_terms=self._extra_terms if hasattr(type(self), "extra_terms") else None,
+            extra_terms=getattr(self, "extra_terms", None),
         )
-
-    def _extra_terms(self, cells: Cells, guide: Mapping[str, Site]) -> dict[str, torch.Tensor]:
-        """Return what the model adds to the loss of a training step; validation tells the bound alone."""
-        return dict(self.extra_terms(cells, guide)) if self.module.training else {}
 
     def drawer(self) -> Drawer:
         """Return the source of posterior draws of this model."""
@@ -190,13 +186,14 @@ class ModelCore(metaclass=ModelMeta):
         return getattr(self.module, "autoguide", _infer_nothing)
 
     def _program(self, run: Program) -> Program:
-        """Let a Bayesian module draw each of its weights once a run; others need no such bookkeeping."""
-        if not self._is_bayesian:
-            return run
+        """Let a Bayesian module draw each of its weights once a run, and bring priors to the model's device."""
 
         def run_in_context(cells: Cells) -> Any:
-            with self.module._pyro_context:
-                return run(cells)
+            with self.module._pyro_context if self._is_bayesian else nullcontext():
+                if self.device.type == "cpu":
+                    return run(cells)
+                with OnDevice(self.device):
+                    return run(cells)
 
         return run_in_context
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from pyrocell.errors import SetupError
@@ -40,6 +41,24 @@ class ClassifierOptions:
     n_layers: int = 1
     dropout: float = 0.1
     encoder_gradient: float = 0.0
+
+    @classmethod
+    def of(cls, given: object) -> ClassifierOptions:
+        """Return options as they are, defaults for None; a saved model has them as a dict of their values.
+
+        Parameters
+        ----------
+        given
+            What a constructor was given.
+        """
+        if isinstance(given, Mapping) and set(given) <= {field.name for field in fields(cls)}:
+            return cls(**given)
+        if given is not None and not isinstance(given, cls):
+            names = ", ".join(field.name for field in fields(cls))
+            raise SetupError(
+                f"classifier is {given!r}; expected ClassifierOptions(...), with {names}, or None."
+            )
+        return cls() if given is None else given
 
     def __post_init__(self) -> None:
         expected = {

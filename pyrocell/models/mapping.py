@@ -74,7 +74,8 @@ class ReferenceMapping(Novelty):
         """
         known = _reference(cls, reference)
         schema = known.data.extend(adata, cls.fields, _setup(adata, known))
-        model = cls.build((None,), known.constructor, seed=settings.seed, schema=schema)
+        # Made with its data: what a constructor reads off them, the query's new categories have too.
+        model = cls.build((adata,), known.constructor, seed=settings.seed, schema=schema)
         try:
             new = inherit(model.module, known.module, cls.batch_parameters)
         except ValueError as error:
@@ -87,7 +88,6 @@ class ReferenceMapping(Novelty):
         model.mapping = {"frozen": frozen, **_report(cls, known.data, schema)}
         model.is_trained = not new  # what the query adds to the reference must be learnt first
         model.landmarks = find_landmarks(known) if frozen else None
-        model.attach(adata, check=False)
         found = model.mapping
         settings.logger.info("new: %s; absent: %s", found["new_categories"], found["fraction_absent"])
         return model

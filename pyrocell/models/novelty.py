@@ -38,7 +38,9 @@ class Novelty(Queries):
 
         The distance is the mean to the 15 nearest of up to 5,000 cells that the reference was trained on. It is
         compared with the distances of cells that it was not trained on, its validation cells: those are as far as new
-        cells of known kinds are. For a model that is no query, the reference is the model itself.
+        cells of known kinds are (where there are none, a fifth of the training cells stands for them). For a model that
+        is no query, the reference is the model itself; its own training cells are then among their neighbours, and lie
+        nearer than new cells would.
 
         Parameters
         ----------
@@ -59,6 +61,11 @@ class Novelty(Queries):
         """
         latents = self._latents(adata, indices, batch_size)
         landmarks = self.landmarks or find_landmarks(self)
+        if landmarks is None and self.mapping is not None and not self.mapping["frozen"]:
+            raise QueryError(
+                "This query was mapped with frozen=False, so that its latent space is another than the reference's. "
+                "Map it with frozen=True to ask how far its cells lie from those of the reference."
+            )
         if landmarks is None:
             raise QueryError(
                 "Nothing is known of the cells that the reference was trained on: it was saved without its data. Load "
@@ -106,7 +113,8 @@ def find_landmarks(model: Novelty) -> Landmarks | None:
         cut = max(1, len(training) // 5)
         training, others = training[cut:], training[:cut]
     latents = model._latents(None, training[:_MOST_LANDMARKS])
-    return Landmarks.of(latents, model._latents(None, others[:_MOST_OTHERS]))
+    model.landmarks = Landmarks.of(latents, model._latents(None, others[:_MOST_OTHERS]))
+    return model.landmarks
 
 
 def _chosen(model: Novelty, rows: np.ndarray) -> np.ndarray:

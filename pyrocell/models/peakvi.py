@@ -15,6 +15,7 @@ from pyrocell.errors import SetupError
 from pyrocell.infer.effects import kl_weighted, lazy_deterministic
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.models.base import CellModel
+from pyrocell.models.options import check_choices, check_sizes
 from pyrocell.nn import Covariates, DepthEncoder, RegionDecoder, RegionEncoder
 
 if TYPE_CHECKING:
@@ -126,7 +127,10 @@ class PEAKVI(CellModel):
         encode_covariates: bool = False,
     ) -> None:
         super().__init__(adata)
-        _check_options(kl_weight, latent_distribution)
+        check_choices(self.constructor, {"latent_distribution": Literal["normal", "ln"]})
+        check_sizes(self.constructor)
+        if not (isinstance(kl_weight, int | float) and 0 <= kl_weight < math.inf):
+            raise SetupError(f"kl_weight is {kl_weight!r}; expected a number of at least 0, such as 1.")
         self.latent_distribution, self.encode_covariates = latent_distribution, encode_covariates
         self.kl = kl_weighted(kl_weight)
         n_regions = self.data.size("accessibility")
@@ -203,10 +207,3 @@ class PEAKVI(CellModel):
 def _chance(logits: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """Return the factor, or the one that it is where it is left out."""
     return torch.ones_like(like) if logits is None else logits.sigmoid()
-
-
-def _check_options(kl_weight: float, latent_distribution: str) -> None:
-    if not 0 <= kl_weight < math.inf:
-        raise SetupError(f"kl_weight is {kl_weight}; expected a number of at least 0, such as 1.")
-    if latent_distribution not in ("normal", "ln"):
-        raise SetupError(f"latent_distribution is {latent_distribution!r}; expected 'normal' or 'ln'.")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pyro.distributions import Gamma, Normal
+from torch.nn import functional
 
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.effects import lazy_deterministic
@@ -74,7 +75,8 @@ class ProteinQueries(Queries):
         site += "_total" * include_background + "_sampled" * sample_protein_mixing
 
         def values(draws: SiteDraws) -> torch.Tensor:
-            return draws.value / draws.value.sum(-1, keepdim=True) if scale_protein else draws.value
+            # A draw in which every protein is background has no shares: zeros.
+            return functional.normalize(draws.value, p=1, dim=-1) if scale_protein else draws.value
 
         given = None if transform_batch is None else {"batch": transform_batch}
         question = Question(self, adata, indices, given=given, batch_size=batch_size)
@@ -166,7 +168,7 @@ class JointExpression(ProteinQueries):
         return_numpy: bool = False,
         batch_size: int | None = None,
     ) -> tuple[Any, Any]:
-        """Return the denoised expression of genes, and that of proteins.
+        """Return the denoised expression of genes, and that of proteins; a draw of a cell is one of both.
 
         Parameters
         ----------

@@ -13,7 +13,8 @@ import torch
 from pyrocell.errors import QueryError
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.streams import seeded
-from pyrocell.models.asking import Question, is_latent_size
+from pyrocell.models.asking import Question
+from pyrocell.models.chosen import is_latent_size
 from pyrocell.models.core import ModelCore
 from pyrocell.models.denoised import correlation, denoised_rows, some_rows
 from pyrocell.models.given import as_list

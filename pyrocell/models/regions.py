@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,6 @@ _BLOCK = 2**25
 
 _COLUMNS = {
     "proba_de": "prob_da",
-    "is_de_fdr": "is_da_fdr",
     "effect_mean": "effect_size",
     "lfc_mean": "effect_size",
     "scale1": "est_prob1",
@@ -42,8 +41,6 @@ _COLUMNS = {
 
 class Regions(Comparisons):
     """Mix-in of `CellModel`: accessibility of regions; arguments as in `Queries`."""
-
-    accessibility_effect: Literal["difference", "log2_ratio"] = "difference"
 
     @needs("accessibility_site")
     def get_normalized_accessibility(
@@ -183,8 +180,7 @@ class Regions(Comparisons):
         """Compare the probability of being open between groups of cells, region by region.
 
         A positive effect means more accessible in ``group1``: effects are group 1 minus group 2. Depth and region
-        factors do not enter. To test the log2 ratio of the probabilities instead of their difference, set
-        ``model.accessibility_effect = "log2_ratio"`` first.
+        factors do not enter.
 
         Parameters
         ----------
@@ -198,8 +194,10 @@ class Regions(Comparisons):
         fdr_target
             Expected proportion of false calls in the column ``is_da_fdr_...``.
         options
-            Everything else. ``DifferentialOptions(test="two")`` adds the two directions up; differences between cells
-            of one group then count too, and false calls are far more than ``fdr_target`` (see the page of PEAKVI).
+            Everything else. ``DifferentialOptions(effect="log2_ratio")`` compares the log2 ratio of the probabilities,
+            with ``delta`` a log2 ratio too. ``DifferentialOptions(test="two")`` adds the two directions up; differences
+            between cells of one group then count too, and false calls are far more than ``fdr_target`` (see the page of
+            PEAKVI).
 
         Returns
         -------
@@ -222,7 +220,7 @@ class Regions(Comparisons):
             self._comparisons(question, groupby, (group1, group2), (idx1, idx2)),
             {str(self.accessibility_site): self.accessibility_field},
             mode="change",
-            effect=self.accessibility_effect,
+            effect="difference",
             delta=delta,
             batch_correction=batch_correction,
             fdr_target=fdr_target,
@@ -236,7 +234,8 @@ def _named_for_accessibility(table: pd.DataFrame) -> pd.DataFrame:
     names = [str(name) for name in table.columns]
     odd = [name for name in names if name.startswith(("raw_", "proba_not"))]
     calls = {name: name.replace("is_de", "is_da") for name in names if name.startswith("is_de")}
-    table = table.drop(columns=odd).rename(columns=_COLUMNS | calls)
+    effects = {name: name.replace("lfc_", "effect_") for name in names if name.startswith("lfc_")}
+    table = table.drop(columns=odd).rename(columns=effects | _COLUMNS | calls)
     place = list(table.columns).index("emp_prob2") + 1
     table.insert(place, "emp_effect", table["emp_prob1"] - table["emp_prob2"])
     return table

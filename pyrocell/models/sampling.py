@@ -17,6 +17,7 @@ from pyrocell.infer.likelihood import log_importance, log_marginal
 from pyrocell.infer.raw_summary import RawSummary, summarise_comparisons
 from pyrocell.infer.scale_sampler import PopulationDraws
 from pyrocell.models.asking import Question
+from pyrocell.models.chosen import measured_in
 
 if TYPE_CHECKING:
     from pyrocell.models.queries import Queries
@@ -91,24 +92,25 @@ def raw_summaries(
     question: Question, comparisons: Sequence[Comparison]
 ) -> list[tuple[RawSummary, RawSummary]]:
     """Sum the raw values of both sides of every comparison, over the cells in which each feature was measured."""
-    raw = summarise_comparisons(_blocks(question, question.field), comparisons)
-    mask = f"{question.field}_mask"
-    if mask not in next(question.blocks(1))[1].names():
+    raw = summarise_comparisons(_blocks(question), comparisons)
+    if measured_in(next(question.blocks(1))[1], question.field) is None:
         return raw
-    measured = summarise_comparisons(_blocks(question, mask), comparisons)
+    measured = summarise_comparisons(_blocks(question, mask=True), comparisons)
     return [
         (replace(one, n=n_one.total), replace(two, n=n_two.total))
         for (one, two), (n_one, n_two) in zip(raw, measured, strict=True)
     ]
 
 
-def _blocks(question: Question, name: str) -> Iterator[tuple[np.ndarray, Any, np.ndarray | None]]:
-    """Yield rows, sparse values and library sizes (if these cells have one) of the cells in blocks."""
-    library = getattr(question.model.fields.get(name), "library", None)
+def _blocks(question: Question, *, mask: bool = False) -> Iterator[tuple[np.ndarray, Any, np.ndarray | None]]:
+    """Yield rows, sparse values (or what was measured of them) and library sizes of the cells in blocks."""
+    field = question.field
+    library = None if mask else getattr(question.model.fields.get(field), "library", None)
     for _, cells in question.blocks():
-        values = getattr(cells, name)
+        found: Any = measured_in(cells, field) if mask else getattr(cells, field)
+        values = found.cpu()
         seen = NonZeros.of(values)
-        columns = (seen.values.cpu().numpy(), (seen.rows.cpu().numpy(), seen.cols.cpu().numpy()))
+        columns = (seen.values.numpy(), (seen.rows.numpy(), seen.cols.numpy()))
         counts = sparse.csr_matrix(columns, shape=tuple(values.shape))
         size = None if library is None else getattr(cells, library).squeeze(-1).cpu().numpy()
         yield cells.rows.cpu().numpy(), counts, size

@@ -60,6 +60,7 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
         "cell_names": model.cell_names,
         "history": _history_to_json(model.history),
         "mapping": model.mapping,
+        "training_defaults": {name: vars(model)[name] for name in _DEFAULTS if name in vars(model)},
         "data_file": _data_file(model) if save_anndata else "",  # that of a model before is not this one's
         "versions": versions(),
     }
@@ -137,6 +138,9 @@ def _fill(model: CellModel, tensors: dict[str, torch.Tensor], record: dict[str, 
     model.stream.state = tensors["stream"]
     model.train_indices, model.validation_indices = (tensors[name].numpy() for name in own[1:])
     model.is_trained, model.cell_names = record["is_trained"], record["cell_names"]
+    for name, value in record.get("training_defaults", {}).items():
+        if name in _DEFAULTS and isinstance(value, int):
+            setattr(model, name, value)
     model.mapping = record.get("mapping")
     if model.mapping is not None and model.mapping["frozen"]:
         model.trainable = _with_prefix(tensors, "trainable.")
@@ -180,6 +184,9 @@ def _read_data(path: Path) -> AnnData | MuData:
             f"{path} cannot be read ({error}); copy the whole folder again, or give the data with adata=."
         ) from error
 
+
+# What a fitted model to start from changes of the class's training.
+_DEFAULTS = ("max_epochs_cap", "kl_warmup_cap")
 
 _RECORD = {
     "class": str,

@@ -120,9 +120,7 @@ class SCANVI(SCVI):
             encode_covariates=encode_covariates,
             batch_representation=batch_representation,
         )
-        # A saved model has its options as a dict.
-        given = ClassifierOptions(**classifier) if isinstance(classifier, Mapping) else classifier
-        self.options = given or ClassifierOptions()
+        self.options = ClassifierOptions.of(classifier)
         n_labels = self.data.size("label")
         self.classifier = Classifier(
             n_latent, n_labels, n_hidden, n_layers=self.options.n_layers, dropout=self.options.dropout
@@ -133,7 +131,8 @@ class SCANVI(SCVI):
         self.u_encoder = GaussianEncoder(
             n_latent, n_latent, n_hidden, n_batch=n_labels, dropout=dropout_rate, transform=None
         )
-        self.cell_weight = self._cell_weight()
+        # Of the cells at hand, and nothing that was learned: a query has its own.
+        self.module.register_buffer("cell_weight", self._cell_weight(), persistent=False)
 
     def _cell_weight(self) -> torch.Tensor:
         """Weight of a labelled cell of each class; over all cells, with 0 for unlabelled ones, its mean is one.
@@ -142,8 +141,9 @@ class SCANVI(SCVI):
         there is.
         """
         n_labeled = torch.tensor(self.data.record("label")["n_labeled"], dtype=torch.float32)
-        weight = 1 / n_labeled if self.options.class_weights == "balanced" else torch.ones_like(n_labeled)
-        return weight * self.data.n_cells / (weight * n_labeled).sum()
+        some = n_labeled.clamp(min=1.0)  # a query may have no cell of a class, or no label at all
+        weight = 1 / some if self.options.class_weights == "balanced" else torch.ones_like(some)
+        return weight * self.data.n_cells / (weight * n_labeled).sum().clamp(min=1e-6)
 
     def model(self, cells: Cells) -> None:
         """Generate counts from a label and a latent of what varies within it."""
@@ -245,6 +245,8 @@ class SCANVI(SCVI):
         SCANVI
             To be trained; by default for few epochs, since only the labels are new.
         """
+        if type(scvi_model) is not SCVI:
+            raise SetupError(f"scvi_model is a {type(scvi_model).__name__}; expected a trained SCVI.")
         scvi_model.require_trained()
         data = scvi_model.require_data(None).adata if adata is None else adata
         options = dict(scvi_model.constructor)
@@ -261,6 +263,8 @@ class SCANVI(SCVI):
         model.max_epochs_cap, model.kl_warmup_cap = _EPOCHS_AFTER_SCVI, 0  # type: ignore[misc]
         own, given = model.module.state_dict(), scvi_model.module.state_dict()
         same = {name: t for name, t in given.items() if name in own and own[name].shape == t.shape}
+        if options["dispersion"] == "gene-label" and known.names("label") != schema.names("label"):
+            same.pop("log_theta", None)  # rows of other labels
         model.module.load_state_dict(same, strict=False)
         return model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast
 
 import pyro
 import torch
@@ -22,6 +22,7 @@ from pyrocell.distributions import (
 from pyrocell.errors import SetupError
 from pyrocell.infer.effects import NO_WARMUP, lazy_deterministic
 from pyrocell.models.base import CellModel
+from pyrocell.models.options import check_choices, check_sizes, of_group
 from pyrocell.nn import Covariates, DecoderOutput, GaussianEncoder, ProfileDecoder
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class SCVI(CellModel):
 
     counts = Counts()
     batch = Category(optional=True)
-    label = Category(optional=True)
+    label = Category(optional=True, query_may_lack=True)
     size_factor = SizeFactor()
     categorical_covariates = Categories()
     continuous_covariates = Continuous()
@@ -174,16 +175,15 @@ class SCVI(CellModel):
             self.log_theta = nn.Parameter(torch.randn(*rows.get(dispersion, ()), n_genes))
 
     def _check_options(self) -> None:
-        options = {"latent_distribution": "normal"} | self.constructor  # not every heir offers that choice
-        _check_choice("dispersion", options["dispersion"], Dispersion)
-        _check_choice("gene_likelihood", options["gene_likelihood"], Likelihood)
-        _check_choice("latent_distribution", options["latent_distribution"], Literal["normal", "ln"])
-        _check_choice(
-            "batch_representation", options["batch_representation"], Literal["one-hot", "embedding"]
-        )
-        for name in ("n_hidden", "n_latent", "n_layers"):
-            if options[name] < 1:
-                raise SetupError(f"{name} is {options[name]}; expected an integer of at least 1.")
+        options = self.constructor
+        choices = {
+            "dispersion": Dispersion,
+            "gene_likelihood": Likelihood,
+            "latent_distribution": Literal["normal", "ln"],
+            "batch_representation": Literal["one-hot", "embedding"],
+        }
+        check_choices(options, choices)
+        check_sizes(options)
         if options["dispersion"] == "gene-label" and not self.data.has("label"):
             raise SetupError('dispersion="gene-label" needs labels; set up the data with labels_key=.')
         if not options["use_observed_lib_size"] and self.data.has("size_factor"):
@@ -261,8 +261,7 @@ class SCVI(CellModel):
     def _log_theta(self, cells: Cells, out: DecoderOutput) -> torch.Tensor:
         if self.dispersion == "gene-cell":
             return cast("torch.Tensor", out.log_theta)
-        group = {"gene-batch": cells.batch, "gene-label": cells.label}.get(self.dispersion)
-        return self.log_theta if group is None else functional.embedding(group, self.log_theta)
+        return of_group(self.log_theta, self.dispersion, cells)
 
     def _rho(self, out: DecoderOutput) -> torch.Tensor:
         return out.log_rho if self.gene_likelihood == "normal" else out.log_rho.exp()
@@ -277,8 +276,3 @@ class SCVI(CellModel):
         moments = (self.data.statistics[name] for name in ("library_log_mean", "library_log_var"))
         mean, variance = (torch.tensor(values, dtype=torch.float32)[:, None] for values in moments)
         return mean, variance.sqrt().clamp_min(0.01)  # cells of one size would leave a prior without width
-
-
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise SetupError(f"{name} is {value!r}; expected one of {', '.join(map(repr, get_args(choices)))}.")

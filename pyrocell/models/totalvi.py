@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyro
 import torch
@@ -25,6 +25,7 @@ from pyrocell.errors import SetupError
 from pyrocell.infer.effects import Site, lazy_deterministic
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.models.base import CellModel
+from pyrocell.models.options import check_choices, check_sizes, of_group
 from pyrocell.models.protein_background import BackgroundPrior, ProteinDesign
 from pyrocell.models.proteins import JointExpression, name_proteins
 from pyrocell.nn import Adversary, Covariates, DecoderOutput, GaussianEncoder, ProteinDecoder, SkipDecoder
@@ -100,8 +101,7 @@ class TOTALVI(JointExpression, CellModel):
     Sites: ``z`` (n_latent, no unit), ``rho`` (n_genes, fraction), ``size`` (1, counts), ``mu`` (n_genes, counts), ``x``
     (n_genes, counts); over n_proteins: ``log_beta`` (log counts), ``background`` beta, ``protein`` (1 - pi) beta alpha,
     ``protein_total`` with pi beta added (both also ``_sampled``: pi replaced by its draw), ``protein_noisy`` (drawn
-    with the noise of phi), ``y`` (all counts), ``foreground_probability`` 1 - pi; ``log_efficiency`` (n_batch,
-    n_proteins).
+    with the noise of phi), ``y`` (all counts), ``foreground_probability`` 1 - pi; ``log_efficiency`` (batches too).
 
     When not to use it: for intensities (cytometry), which are no counts; for a handful of antibodies, where nothing
     tells what background is. Departures from the original: see the model's page.
@@ -116,9 +116,10 @@ class TOTALVI(JointExpression, CellModel):
     counts = Counts()
     proteins = Proteins()
     batch = Category(optional=True)
-    label = Category(optional=True)
+    label = Category(optional=True, query_may_lack=True)
     panel = Category(
         optional=True,
+        groups_of="proteins",
         argument="panel_key",
         doc="Column of ``adata.obs`` with the antibody panel of each cell: a panel has its own backgrounds.",
     )
@@ -207,25 +208,28 @@ class TOTALVI(JointExpression, CellModel):
         self.adversary = Adversary(n_latent, n_batch) if adversarial else None
 
     def _check_options(self) -> None:
-        options, kinds = self.constructor, (GeneDispersion, ProteinDispersion, Likelihood)
-        names = ("gene_dispersion", "protein_dispersion", "gene_likelihood")
-        for name, choices in zip(names, kinds, strict=True):
-            if options[name] not in get_args(choices):
-                expected = ", ".join(map(repr, get_args(choices)))
-                raise SetupError(f"{name} is {options[name]!r}; expected one of {expected}.")
+        options = self.constructor
+        choices = {
+            "gene_dispersion": GeneDispersion,
+            "protein_dispersion": ProteinDispersion,
+            "gene_likelihood": Likelihood,
+            "empirical_protein_background_prior": Literal[True, False, None],
+            "adversarial": Literal[True, False, None],
+        }
+        check_choices(options, choices)
+        check_sizes(options)
+        for name in ("gene_dispersion", "protein_dispersion"):
             if options[name].endswith("-label") and not self.data.has("label"):
                 raise SetupError(f"{name}={options[name]!r} needs labels; set up the data with labels_key=.")
-        for name, value in options.items():
-            if name.startswith("n_") and value < 1:
-                raise SetupError(f"{name} is {value}; expected an integer of at least 1.")
         if options["adversarial"] and self.data.size("batch") < 2:
             raise SetupError("adversarial=True needs at least two batches; set up the data with batch_key=.")
 
     def model(self, cells: Cells) -> None:
         """Generate RNA and proteins from a latent."""
-        shape = self.log_efficiency.shape
         # Mode of one proper prior: it counts once, not once a cell, and does not warm up.
-        log_efficiency = pyro.sample("log_efficiency", Normal(0.0, 1.0).expand(shape).to_event(2))
+        zero = torch.zeros_like(self.log_efficiency)
+        prior = Normal(zero, torch.ones_like(zero)).to_event(2)
+        log_efficiency = pyro.sample("log_efficiency", prior)
         with self.plate(cells):
             z = pyro.sample("z", StandardNormal(self.encoder.n_latent))
             self._generate_proteins(cells, z, log_efficiency)
@@ -235,7 +239,7 @@ class TOTALVI(JointExpression, CellModel):
         """Infer the latent from log counts, and the background from the latent."""
         pyro.sample("log_efficiency", Delta(self.log_efficiency, event_dim=2))
         proteins = torch.log1p(cells.proteins) * cells.proteins_mask
-        if self.module.training and self.adversary is not None:
+        if self.module.training and self.protein_decoder.is_incomplete:
             # Some cells lack what others have: learn to find the latent without it, where it can be checked.
             proteins = proteins * torch.rand_like(cells.library).ge(_BLINDFOLDED)
         beside = torch.cat([cells.continuous_covariates, proteins], dim=-1)
@@ -260,7 +264,7 @@ class TOTALVI(JointExpression, CellModel):
         pyro.sample("x", self._rna(cells, out, size).to_event(1), obs=cells.counts)
 
     def _rna(self, cells: Cells, out: DecoderOutput, size: Tensor) -> TorchDistribution:
-        log_theta = _of_group(self.log_theta, self.gene_dispersion, cells)
+        log_theta = of_group(self.log_theta, self.gene_dispersion, cells)
         log_mean = out.log_rho + size.log()
         if out.zi_logits is None:
             return NegativeBinomial(log_mean=log_mean, log_theta=log_theta)
@@ -268,7 +272,7 @@ class TOTALVI(JointExpression, CellModel):
 
     def _generate_proteins(self, cells: Cells, z: Tensor, log_efficiency: Tensor) -> None:
         panel = getattr(cells, self.panel_field)
-        log_phi = _of_group(self.log_phi, self.protein_dispersion, cells)
+        log_phi = of_group(self.log_phi, self.protein_dispersion, cells)
         log_fold, logits = self.protein_decoder.foreground(z, *_covariates(cells))
         if self.module.training:
             # A protein without signal fits as foreground as well as it fits as background: let it be background.
@@ -291,9 +295,3 @@ class TOTALVI(JointExpression, CellModel):
 
 def _covariates(cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
     return cells.batch, cells.categorical_covariates, cells.continuous_covariates
-
-
-def _of_group(table: Tensor, dispersion: str, cells: Cells) -> Tensor:
-    """Return the row of each cell's group, or the one row of all."""
-    _, _, group = dispersion.partition("-")
-    return functional.embedding(getattr(cells, group), table) if group else table

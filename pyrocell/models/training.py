@@ -12,9 +12,11 @@ import pandas as pd
 import torch
 
 from pyrocell import settings
-from pyrocell.data import Cells
+from pyrocell.data import Dataset
+from pyrocell.data.resident import resident_on
 from pyrocell.errors import TrainingError, list_some
 from pyrocell.infer.checkpoint import read_checkpoint
+from pyrocell.infer.elbo import Population
 from pyrocell.infer.freezing import frozen_besides
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
@@ -86,20 +88,12 @@ class Training(ModelCore):
         batch_size = n_train if self.full_batch else batch_size
         _check_numbers(max_epochs, batch_size, lr, n_epochs_kl_warmup)
         early_stopping = self._stops_early(asked=early_stopping, n_validation=len(validation))
-        warmup = n_epochs_kl_warmup
-        warmup = default_kl_warmup(max_epochs, self.kl_warmup_cap) if warmup is None else warmup
+        default_warmup = default_kl_warmup(max_epochs, self.kl_warmup_cap)
+        warmup = default_warmup if n_epochs_kl_warmup is None else n_epochs_kl_warmup
         where = _device(device)
         self.train_indices, self.validation_indices = training, validation  # a refused call changes nothing
         self.module.to(where)
-
-        def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Cells]]:
-            def one_epoch(rng: np.random.Generator | None) -> Iterator[Cells]:
-                # One minibatch of all cells keeps their order: Pyro then takes parameters of cells as they lie.
-                order = rng if len(rows) > batch_size else None
-                return dataset.minibatches(rows, batch_size, rng=order, device=where, n_total=n_train)
-
-            return one_epoch
-
+        minibatches = _minibatches_of(dataset, batch_size, where, n_total=n_train)
         with self.running():
             trainer = Trainer(
                 self.elbo(),
@@ -112,8 +106,8 @@ class Training(ModelCore):
                 n_epochs_kl_warmup=warmup,
                 early_stopping=early_stopping,
             )
-            cells = self._split_fingerprint()
-            trainer.options |= {"batch_size": batch_size, "seed": self.stream.seed, "cells": cells}
+            known = {"batch_size": batch_size, "seed": self.stream.seed}
+            trainer.options |= known | {"cells": self._split_fingerprint()}
             trainer.progress.epochs_before = len(self.history)
             if resume is not None:
                 read_checkpoint(trainer, resume)
@@ -171,6 +165,25 @@ class Training(ModelCore):
             self.is_trained = True
             if self.trainable is None:  # the latents move
                 self.landmarks = None
+
+
+def _minibatches_of(
+    dataset: Dataset, batch_size: int, device: torch.device, *, n_total: int
+) -> Callable[[np.ndarray], Callable[[np.random.Generator | None], Iterator[Population]]]:
+    """Return a function from rows to their minibatches, of which each call shuffles them anew."""
+    resident = resident_on(dataset, device)
+
+    def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Population]]:
+        def one_epoch(rng: np.random.Generator | None) -> Iterator[Population]:
+            # One minibatch of all cells keeps their order: Pyro then takes parameters of cells as they lie.
+            order = rng if len(rows) > batch_size else None
+            if resident is not None:
+                return resident.minibatches(rows, batch_size, rng=order, n_total=n_total)
+            return dataset.minibatches(rows, batch_size, rng=order, device=device, n_total=n_total)
+
+        return one_epoch
+
+    return minibatches
 
 
 def _check_numbers(max_epochs: float, batch_size: float, lr: float, warmup: float | None) -> None:

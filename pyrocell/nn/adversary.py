@@ -66,7 +66,7 @@ class Adversary(nn.Module):
         self.mlp = MLP(n_latent, n_hidden, n_hidden=n_hidden, n_layers=n_layers, dropout=dropout)
         self.logits = nn.Linear(n_hidden, n_categories)
 
-    def forward(self, z: Tensor, category: Tensor, strength: float = 1.0) -> Tensor:
+    def forward(self, z: Tensor, category: Tensor) -> Tensor:
         """Return the mean cross-entropy of the guesses, in nats per cell.
 
         Parameters
@@ -75,7 +75,5 @@ class Adversary(nn.Module):
             Latent, shape (B, n_latent).
         category
             Category of each cell, int64, shape (B,).
-        strength
-            Of the reversed gradient.
         """
-        return functional.cross_entropy(self.logits(self.mlp(reverse_gradient(z, strength))), category)
+        return functional.cross_entropy(self.logits(self.mlp(reverse_gradient(z))), category)

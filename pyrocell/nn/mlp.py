@@ -113,7 +113,6 @@ class MLP(nn.Module):
         Tensor
             Shape (..., B, n_out).
         """
-        codes = [code.to(x.device) for code in codes]
         for layer in self.layers:
             x = layer(x, codes, continuous)
         return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -153,6 +154,11 @@ class ProteinDecoder(nn.Module):
         self.outputs["mean"].bias.copy_(mean)  # type: ignore[operator]
         self.outputs["sd"].bias.copy_(sd.expm1().log())  # type: ignore[operator]
 
+    @cached_property
+    def is_incomplete(self) -> bool:
+        """Whether some protein was measured in no cell of some batch that has cells with others."""
+        return len(self.n_measured) > 1 and bool((self.n_measured == 0).any())
+
     def donors(self) -> Tensor:
         """Batch that each protein is decoded with in each batch, shape (n_batch, n_proteins)."""
         own = torch.arange(len(self.n_measured), device=self.n_measured.device)[:, None]
@@ -229,10 +235,9 @@ class ProteinDecoder(nn.Module):
         continuous: Tensor | None,
     ) -> list[Tensor]:
         own, *others = gather_codes(self.covariates, batch, categorical)
-        measured = self.n_measured.sum(1)
-        anywhere = torch.where(
-            measured > 0, torch.arange(len(measured), device=own.device), measured.argmax()
-        )
+        measured, own = self.n_measured.sum(1), own.to(self.n_measured.device)
+        batches = torch.arange(len(measured), device=measured.device)
+        anywhere = torch.where(measured > 0, batches, measured.argmax())
         seen = torch.cat([self.hidden[part](z, [anywhere[own], *others], continuous), z], dim=-1)
         return [self._output(self.outputs[head], seen, [own, *others], continuous) for head in _PARTS[part]]
 

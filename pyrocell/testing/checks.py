@@ -16,9 +16,10 @@ import torch
 from pyrocell import settings
 from pyrocell.data.turned import rows_are_features
 from pyrocell.errors import DataError, NotTrainedError
+from pyrocell.infer.criticism import PredictiveCheck
 from pyrocell.infer.effects import is_latent, is_local
 from pyrocell.infer.plan import TrainingPlan
-from pyrocell.models.roles import verbs
+from pyrocell.models.roles import capabilities, verbs
 from pyrocell.testing.asking import answers, assert_same, has_gaussian_posterior, loss_at_mean, state_of
 from pyrocell.testing.cases import ModelCase
 from pyrocell.testing.containers import parts_of, read_backed, with_parts, write
@@ -41,7 +42,7 @@ def _check_gradients(case: ModelCase) -> None:
     cells = model.require_data(None).cells(np.arange(32))
     model.module.train()
     with model.stream.active(), model.running():
-        model.elbo()(cells).loss.backward()
+        model.elbo()(cells, with_extra=True).loss.backward()
     dead = [
         name for name, p in model.module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
     ]
@@ -260,6 +261,64 @@ def _check_verbs(case: ModelCase) -> None:
         )
 
 
+# What has a check of its own, or changes the model.
+_NO_QUESTIONS = {
+    "setup_anndata",
+    "setup_mudata",
+    "train",
+    "save",
+    "load",
+    "load_query_data",
+    "from_scvi_model",
+}
+
+
+def _check_every_verb(case: ModelCase) -> None:
+    model = case.trained
+    obs = model.require_data(None).obs
+    groups = next((key for key in obs if 1 < obs[key].astype(str).nunique() < 20), None)
+    arguments: dict[str, dict[str, Any]] = {
+        "posterior": {"site": model.observed_site, "n_samples": 2},
+        "differential_expression": {"groupby": groups},
+        "differential_accessibility": {"groupby": groups},
+        "differential_abundance": {"sample_key": groups},
+        "get_feature_correlation_matrix": {"n_samples": 2},
+        "get_marginal_ll": {"n_samples": 3},
+        "posterior_predictive_check": {"n_samples": 3},
+        "get_tf_activity": {"motifs": {"one": "TGACTCA"}, "n_background": 4},
+        "get_mutation_effects": {"region": str(model.require_data(None).obs_names[0])},
+    }
+    for verb, having in capabilities([case.model_class]).items():
+        if not having[case.model_class.__name__] or verb in _NO_QUESTIONS:
+            continue
+        given = arguments.get(verb, {})
+        if None in given.values():
+            continue  # the data have no groups
+        if verb in _GAUSSIAN_ONLY and not has_gaussian_posterior(model):
+            continue
+        answer = getattr(model, verb)(**given)
+        assert _is_answer(answer), f"{verb} answers {answer!r}"
+
+
+_GAUSSIAN_ONLY = {"differential_abundance"}
+
+
+def _is_answer(answer: Any) -> bool:
+    """Whether there is something, and its numbers are finite."""
+    if isinstance(answer, tuple | list | dict):
+        parts = answer.values() if isinstance(answer, dict) else answer
+        return all(map(_is_answer, parts))
+    if isinstance(answer, PredictiveCheck):
+        return _is_answer(np.asarray(answer.summary))
+    if isinstance(answer, pd.DataFrame):
+        numbers = answer.select_dtypes("number")
+        return not answer.empty and bool(np.isfinite(numbers.dropna(axis=1, how="all")).to_numpy().any())
+    if isinstance(answer, pd.Series):
+        return not answer.empty and not answer.isna().any()
+    values = np.asarray(answer)
+    return values.size > 0 and (values.dtype.kind not in "fc" or bool(np.isfinite(values).all()))
+
+
 def _check_mapping(case: ModelCase) -> None:
     key = case.setup.get("batch_key")
     if key is None or not hasattr(case.model_class, "load_query_data"):
@@ -273,7 +332,10 @@ def _check_mapping(case: ModelCase) -> None:
     finally:
         settings.seed = saved
     if mapped.trainable:
+        fresh = state_of(mapped)
         case.train(mapped, plan=replace(case.model_class.default_plan, weight_decay=0.1))
+        still = [name for name in mapped.trainable if np.array_equal(fresh[name], state_of(mapped)[name])]
+        assert not still, f"nothing of the query reaches its new entries of {still}"
     assert_same(known, state_of(model))
     after = answers(mapped, adata=case.data())
     for found in (before, after):
@@ -314,4 +376,5 @@ CHECK_FUNCTIONS: dict[str, Callable[[ModelCase], None]] = {
     "untrained models do not answer": _check_untrained,
     "verbs follow roles": _check_verbs,
     "queries are mapped without moving the reference": _check_mapping,
+    "every verb answers": _check_every_verb,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from pyrocell.data import Category, Counts, Dataset, Schema, make_setup_anndata, prototype_cells, read_setup
-from pyrocell.errors import DataError, SetupError
+from pyrocell.errors import DataError, PyrocellWarning, SetupError
 from tests.data.helpers import make_adata
 
 FIELDS = {"counts": Counts(), "label": Category(unlabeled=True)}
@@ -62,10 +63,37 @@ def test_unknown_first_and_last_in_the_order_of_categories():
         assert (np.array(["T", "B"])[cells.label.numpy()][known] == adata.obs["type"][known]).all()
 
 
-@pytest.mark.parametrize("unlabeled_category", [None, "Unknown"])
+@pytest.mark.parametrize("unlabeled_category", [None, "unknown"])
 def test_all_labelled(unlabeled_category):
-    schema, cells = opened(labelled(np.resize(["T", "B"], 30)), unlabeled_category)
+    with (
+        nullcontext() if unlabeled_category is None else pytest.warns(PyrocellWarning, match="does not occur")
+    ):
+        schema, cells = opened(labelled(np.resize(["T", "B"], 30)), unlabeled_category)
     assert cells.is_labeled.all() and schema.record("label")["n_labeled"] == [15, 15]
+
+
+def test_a_misspelt_category_is_told_with_the_one_that_may_be_meant():
+    with pytest.warns(
+        PyrocellWarning, match="'unknown' does not occur.*every cell is taken as labelled.*Unknown"
+    ):
+        schema, _ = opened(labelled(), "unknown")
+    assert "Unknown" in schema.names("label")
+
+
+def test_a_class_of_the_name_none_is_a_class():
+    schema, cells = opened(labelled(np.resize(["None", "T", "B"], 30)), None)
+    assert set(schema.names("label")) == {"None", "T", "B"} and cells.is_labeled.all()
+
+
+def test_a_query_counts_its_own_labels():
+    schema, _ = opened(labelled())
+    query = labelled(np.resize(["T", "Unknown", "T"], 30))
+    found = schema.extend(query, FIELDS)
+    names = found.names("label")
+    assert dict(zip(names, found.record("label")["n_labeled"], strict=True)) == {"T": 20, "B": 0}
+    without = make_adata()
+    del without.obs["type"]
+    assert schema.extend(without, FIELDS).record("label")["n_labeled"] == [0, 0]
 
 
 def test_none_labelled_is_refused_by_name():

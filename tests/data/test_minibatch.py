@@ -335,9 +335,6 @@ def test_counts_become_dense_on_the_device():
     there = _dense_on("cpu", counts.shape, NonZeros.of(counts))
     assert there is not counts
     assert torch.equal(there, counts)
-    attached = there._nonzeros
-    assert NonZeros.of(there) is attached
-    assert torch.equal(attached.ranked.counts, NonZeros.of(counts).ranked.counts)
 
 
 def test_prototype_cells_look_like_real_ones():

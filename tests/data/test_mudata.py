@@ -468,3 +468,13 @@ def test_real_multiome():
     assert np.array_equal(cells.counts.numpy(), mdata.mod["rna"].X[rows].toarray())
     assert np.array_equal(cells.fragments.numpy(), mdata.mod["atac"].X[rows].toarray())
     assert dataset.schema.names("batch") == ["0", "1", "3"] and cells.fragments_mask.all()
+
+
+def test_columns_are_those_of_now(mdata):
+    """Clusters are often made after the model, and made again."""
+    dataset = open_data(mdata, MANY)
+    mdata["rna"].obs["total"] = 1.0
+    mdata.obs["cluster"] = "a"
+    assert set(dataset.obs["cluster"]) == {"a"}
+    mdata.obs["cluster"] = "b"
+    assert set(dataset.obs["cluster"]) == {"b"} and "total" in dataset.obs

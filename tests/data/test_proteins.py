@@ -214,7 +214,7 @@ def test_a_protein_measured_in_no_cell(adata):
 
 
 def test_a_panel_without_a_measured_cell(adata):
-    fields = FIELDS | {"panel": Category(optional=True)}
+    fields = FIELDS | {"panel": Category(optional=True, groups_of="proteins")}
     adata.obs["kit"] = np.where(np.arange(N_CELLS) < 30, "TotalSeq-A", "none")
     setup = MASKED | {"panel_key": "kit"}
     Schema.freeze(adata, fields, setup)

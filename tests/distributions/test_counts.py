@@ -96,16 +96,6 @@ def test_ranks_put_large_and_broken_counts_first() -> None:
     torch.testing.assert_close(ranked.log_factorial, torch.lgamma(ranked.counts + 1))
 
 
-def test_a_copy_on_another_device_needs_no_search() -> None:
-    x = sparse_counts()
-    moved = NonZeros.of(x).to("cpu")
-    assert_indexes(moved, x)
-    assert torch.equal(moved.ranked.several, NonZeros.of(x).ranked.several)
-    there = x.clone()
-    assert moved.attach_to(there) is there
-    assert NonZeros.of(there) is moved
-
-
 def test_a_deep_copy_keeps_a_right_index() -> None:
     x = sparse_counts()
     NonZeros.of(x)

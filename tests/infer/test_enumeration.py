@@ -14,7 +14,7 @@ from torch import nn
 
 from pyrocell.errors import TrainingError
 from pyrocell.infer.draws import Drawer
-from pyrocell.infer.effects import Warmup
+from pyrocell.infer.effects import Warmup, kl_weighted
 from pyrocell.infer.elbo import Elbo
 from pyrocell.infer.likelihood import log_importance, log_marginal
 from tests.infer.toys import plate, toy_cells
@@ -295,3 +295,75 @@ def test_classes_of_the_model_alone_are_drawn_given_all_else():
             found = ((draws["k"].value == k) & (draws["j"].value == j)).float().mean(0)
             assert torch.allclose(found, exact[:, k, j], atol=0.015)
     assert draws["z"].value.shape == (20_000, 2)
+
+
+def test_a_latent_that_does_not_see_the_class_beside_a_prior_that_does(x):
+    """The ordinary mixture autoencoder: y, then z whatever y; the closed form of its KL has the classes in it."""
+
+    class Factorised(Exact):
+        def guide(self, cells):
+            with plate(cells):
+                pyro.sample(
+                    "y",
+                    Categorical(logits=torch.stack([-cells.x, 0 * cells.x, cells.x], -1)),
+                    infer=ENUMERATE,
+                )
+                pyro.sample("z", Normal(0.6 * cells.x, 0.7))
+
+    toy, cells = Factorised(), toy_cells(x)
+    torch.manual_seed(0)
+    found = Elbo(toy.model, toy.guide)(toy_cells(x.repeat(3000))).loss.item()
+    q = torch.stack([-x, 0 * x, x], -1).log_softmax(-1)
+    posterior = Normal(0.6 * x, 0.7)
+    kl_z = torch.stack(
+        [torch.distributions.kl_divergence(posterior, Normal(m, 1.0)) for m in CLASSES.mean], -1
+    )
+    expected = -Normal(0.6 * x, 1.0).log_prob(x) + 0.5 * 0.7**2
+    exact = expected + (q.exp() * (kl_z + q - CLASSES.prior)).sum(-1)
+    assert found == pytest.approx(exact.mean().item(), abs=0.02)
+    assert len(cells) == 12
+
+
+def test_a_weight_of_the_kl_holds_where_nothing_warms_up(x):
+    losses = []
+    for weight in (1.0, 0.0):
+        toy = Labels(ENUMERATE | kl_weighted(weight))
+        torch.manual_seed(3)
+        losses.append(Elbo(toy.model, toy.guide)(toy_cells(x)).loss.item())
+    torch.manual_seed(3)
+    toy = Labels()
+    assert losses[1] == pytest.approx(toy.explicit(toy_cells(x), 1.0, 0.0).mean().item(), rel=1e-5)
+    assert losses[0] != pytest.approx(losses[1])
+
+
+def test_importance_weights_look_through_masks():
+    """Half of the cells lack a latent's data: its density at a draw counts in them all the same."""
+    generator = torch.Generator().manual_seed(1)
+    x, seen = torch.randn(8, generator=generator), torch.arange(8) % 2 == 0
+
+    class Masked(nn.Module):
+        def __init__(self, masked):
+            super().__init__()
+            self.masked = masked
+
+        def hide(self, fn, cells):
+            return fn.mask(seen[cells.rows]) if self.masked else fn
+
+        def model(self, cells):
+            with plate(cells):
+                z = pyro.sample("z", Normal(torch.zeros(()), 1.0))
+                b = pyro.sample("b", self.hide(Normal(z, 1.0), cells))
+                pyro.sample("x", Normal(z + 0 * b, 1.0), obs=cells.x)
+
+        def guide(self, cells):
+            with plate(cells):
+                z = pyro.sample("z", Normal(0.5 * cells.x + 0.5, 0.8))
+                pyro.sample("b", self.hide(Normal(z, 1.0), cells))
+
+    found = []
+    for masked in (True, False):
+        toy = Masked(masked)
+        latents = {name: torch.randn(50, generator=torch.Generator().manual_seed(2)) for name in ("z", "b")}
+        anchors = [(toy_cells(x, [i]), torch.zeros(())) for i in range(8)]
+        found.append(log_importance(Drawer(toy.model, toy.guide), latents, anchors, [toy_cells(x)]))
+    torch.testing.assert_close(*found)

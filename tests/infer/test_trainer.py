@@ -198,3 +198,27 @@ def test_split_covers_each_cell_once():
         split_cells(10, 1.5, None, np.random.default_rng(0))
     with pytest.raises(TrainingError, match=r"rows 12.*0\.\.9"):
         chosen_rows([1, 12], 10, "rows")
+
+
+def extra_trainer(x, terms):
+    (_, trainer), steps = make(x, max_epochs=3), iter(range(1000))
+    trainer.elbo.extra_terms = lambda cells, guide: terms(next(steps))
+    return trainer
+
+
+def test_extra_terms_are_summed_by_name_and_are_no_part_of_validation():
+    def terms(step):
+        names = ("one", "hundred") if step % 2 else ("hundred", "one")
+        return {name: torch.tensor({"one": 1.0, "hundred": 100.0}[name]) for name in names}
+
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    trainer = extra_trainer(x, terms)
+    history = trainer.fit(toy_minibatches(x, 8), toy_minibatches(x, 8))
+    assert (history["one_train"] == 1.0).all() and (history["hundred_train"] == 100.0).all()
+    assert history["elbo_validation"].iloc[-1] < 10
+
+
+def test_extra_terms_that_come_and_go_are_refused():
+    trainer = extra_trainer(torch.randn(16), lambda step: {"some": torch.tensor(1.0)} if step else {})
+    with pytest.raises(TrainingError, match="gave 'some' in this step, and nothing in the first"):
+        trainer.fit(toy_minibatches(torch.randn(16), 8))

@@ -24,6 +24,9 @@ class ToyCells:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def load(self) -> ToyCells:
+        return self
+
     def replace(self, **changes: Any) -> ToyCells:
         return replace(self, **changes)
 

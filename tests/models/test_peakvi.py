@@ -311,11 +311,11 @@ def test_a_random_split_calls_nothing(fitted, seed):
 
 
 def test_the_log2_ratio_is_there_on_request(fitted):
-    fitted.accessibility_effect = "log2_ratio"
-    try:
-        table = fitted.differential_accessibility(groupby="group", group1="0", group2="2", delta=0.5)
-    finally:
-        del fitted.accessibility_effect
+    options = pyrocell.DifferentialOptions(effect="log2_ratio")
+    table = fitted.differential_accessibility(
+        groupby="group", group1="0", group2="2", delta=0.5, options=options
+    )
+    assert not [name for name in table if name.startswith("lfc_")]
     ratio = np.log2(table["est_prob1"] / table["est_prob2"])
     assert np.corrcoef(ratio, table["effect_size"])[0, 1] > 0.9 and np.abs(table["effect_size"]).max() > 1
 

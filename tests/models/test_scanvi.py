@@ -17,7 +17,7 @@ import pyrocell
 from pyrocell import SCANVI, SCVI
 from pyrocell.data import synthetic_iid
 from pyrocell.data.simulate import simulate_scvi
-from pyrocell.errors import DataError, NotTrainedError, SetupError
+from pyrocell.errors import DataError, NotTrainedError, PyrocellWarning, SetupError
 from pyrocell.infer.calibration import calibration_error
 from pyrocell.models.labels import ClassifierOptions
 
@@ -288,7 +288,8 @@ def test_unused_category_and_one_labelled_cell():
 def test_all_cells_labelled():
     adata = small_data()
     adata.obs["type"] = adata.obs["label"]
-    model = make(adata)
+    with pytest.warns(PyrocellWarning, match="'Unknown' does not occur"):
+        model = make(adata)
     model.train(2)
     assert np.isfinite(model.history["elbo_train"]).all()
 

@@ -18,7 +18,9 @@ from pyrocell import TOTALVI
 from pyrocell.data import synthetic_iid
 from pyrocell.distributions import NegativeBinomialMixture
 from pyrocell.errors import DataError, QueryError, SetupError
+from pyrocell.infer.differential import differential
 from pyrocell.infer.effects import Warmup
+from pyrocell.models.asking import Question
 from pyrocell.models.protein_background import BackgroundPrior, ProteinDesign
 
 N_GENES, N_PROTEINS = 30, 12
@@ -505,3 +507,55 @@ def test_a_swapped_mixture_is_caught(monkeypatch):
 @pytest.mark.slow
 def test_a_model_blind_to_the_mask_is_caught():
     assert "correlation of imputed" in failures(fit(0, BlindToMask))
+
+
+def test_shares_of_cells_whose_draw_is_all_background_are_zeros(fitted):
+    shares = fitted.get_protein_expression(scale_protein=True, sample_protein_mixing=True, n_samples=20)
+    assert np.isfinite(shares.to_numpy()).all()
+
+
+def test_a_draw_is_one_of_rna_and_proteins(fitted):
+    """Both are asked in the same blocks of cells and draws, so that their latents are the same ones."""
+    question = Question(fitted, None, None)
+    for n_samples in (1, 25, 5000):
+        places = [
+            [(place, which) for place, which, *_ in question.over(field).traces([site], n_samples)]
+            for site, field in fitted.expression_sites.items()
+        ]
+        assert places[0] == places[1]
+
+
+def test_a_pseudocount_that_is_given_holds_for_proteins_too(fitted, monkeypatch):
+    used = []
+
+    def watched(*args, options, **others):
+        used.append(options.pseudocount)
+        return differential(*args, options=options, **others)
+
+    monkeypatch.setattr("pyrocell.models.comparisons.differential", watched)
+    for given in (1e-4, None):
+        options = pyrocell.DifferentialOptions(pseudocount=given, n_samples=200)
+        fitted.differential_expression(groupby="label", group1="label_0", options=options)
+    assert used == [1e-4, 1e-4, None, 1.0]
+
+
+@pytest.mark.parametrize(("n_absent", "expected"), [(4, True), (0, False)])
+def test_proteins_are_hidden_in_training_where_some_are_absent(n_absent, expected):
+    """Whether there is an adversary or not."""
+    model = make(small_data(n_absent=n_absent), adversarial=not expected)
+    cells = model.require_data(None).cells(np.arange(100))
+    shown = []
+    model.encoder.register_forward_pre_hook(lambda _, arguments: shown.append(arguments[3]))
+    for training in (True, False):
+        model.module.train(training)
+        with model.running(), model.stream.active():
+            model.guide(cells)
+    in_training, asked = (beside[:, -N_PROTEINS:].ne(0).any(1) for beside in shown)
+    assert asked.all()
+    assert (0.3 < in_training.float().mean() < 0.7) if expected else in_training.all()
+
+
+def test_options_of_the_wrong_kind_are_named():
+    for option, value in {"dropout_rate": 2, "n_latent": 2.5, "adversarial": "yes"}.items():
+        with pytest.raises(SetupError, match=f"{option} is {value!r}"):
+            make(small_data(), **{option: value})

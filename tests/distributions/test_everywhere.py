@@ -1,0 +1,70 @@
+"""The formulas of other devices than the CPU, which score every entry alike, give the numbers of the CPU's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyrocell.distributions.accessibility import _score_block, _Seen
+from pyrocell.distributions.counts import NonZeros
+from tests.distributions.families import CASES, Case, sparse_counts
+
+EXTREMES = {
+    "log_mean": (-18.0, 16.0),
+    "log_rate": (-18.0, 16.0),
+    "log_theta": (-14.0, 18.5),
+    "zi_logits": (-60.0, 60.0),
+}
+
+
+def extreme(case: Case) -> tuple[Tensor, list[Tensor]]:
+    """Counts up to a million under parameters from end to end of their ranges."""
+    generator = torch.Generator().manual_seed(1)
+    x = sparse_counts()
+    x[0, :6] = torch.tensor([1e6, 2.5, 0.5, 4.0, 5.0, 1e4])
+    parameters = [
+        low + (high - low) * torch.rand(x.shape, generator=generator)
+        for low, high in (EXTREMES[name] for name in case.names)
+    ]
+    return x, [parameter.requires_grad_() for parameter in parameters]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_counts(case: Case) -> None:
+    x, parameters = extreme(case)
+    exact = [p.detach().double().requires_grad_() for p in parameters]
+    value = case.build(exact).log_prob(x.double())
+    slopes = torch.autograd.grad(value.sum(), exact)
+    found = case.make.family.everywhere(x.unsqueeze(0), [p.detach().unsqueeze(0) for p in parameters])
+    for one, other in zip(found, (value, *slopes), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one[0].double(), other.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_dispersion_for_each_gene_stays_one(case: Case) -> None:
+    x, parameters = extreme(case)
+    thin = [
+        (p.detach()[:1] if name == "log_theta" else p.detach()).unsqueeze(0)
+        for name, p in zip(case.names, parameters, strict=True)
+    ]
+    whole = case.build([p[0].expand(x.shape) for p in thin]).log_prob(x)
+    torch.testing.assert_close(
+        case.make.family.everywhere(x.unsqueeze(0), thin)[0][0].float(), whole, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("n_factors", [0, 1, 2])
+def test_regions(n_factors: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = 20 * torch.randn(6, 50, generator=generator)
+    factors = [10 * torch.randn(shape, generator=generator) for shape in ((6, 1), (1, 50))][:n_factors]
+    x = (torch.rand(6, 50, generator=generator) < 0.2).float()
+    index = NonZeros.of(x)
+    results = []
+    for seen in (_Seen(index.flat, index.rows, index.cols), x != 0):
+        slopes = [torch.empty_like(logits) for _ in range(2)]
+        results.append([_score_block(logits, factors, seen, slopes), *slopes])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
