@@ -198,6 +198,12 @@ class Dataset:
         return self.n_cells
 
     @property
+    def shared(self) -> frozenset[str]:
+        """Attributes of `Cells` that are the same in every minibatch, whichever its rows."""
+        likes = [item for record in self.schema.fields.values() for item in record["cells"].items()]
+        return frozenset(name for name, like in likes if like is not None and like.get("shared"))
+
+    @property
     def names_now(self) -> pd.Index:
         """Names of the cells as they are now; ``obs_names`` are those when the data were opened."""
         return self._slots.cell_names

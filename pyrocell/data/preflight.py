@@ -215,12 +215,10 @@ def refuse_empty(totals: np.ndarray, names: pd.Index, over: str, word: str) -> N
     ----------
     totals
         Total count of each; NaN where not measured.
-    names
-        Their names.
+    names, word
+        Their names, and what they are: ``"cell"`` or ``"feature"``.
     over
         What the counts are over, in messages.
-    word
-        What they are: ``"cell"`` or ``"feature"``.
     """
     empty = totals <= 0
     if empty.any():

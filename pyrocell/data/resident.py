@@ -72,10 +72,9 @@ class Resident:
             dataset.cells(np.arange(start, min(start + _BLOCK, dataset.n_cells)))
             for start in range(0, dataset.n_cells, _BLOCK)
         ]
-        shared = _shared(dataset)
-        self._columns: dict[str, _Column | _Sparse | _Shared | None] = {
+        self._columns: dict[str, _Column | _Shared | _Sparse | None] = {
             name: _Shared(getattr(blocks[0], name).to(device))
-            if name in shared
+            if name in dataset.shared
             else _column([getattr(block, name) for block in blocks], device)
             for name in blocks[0].names()
         }
@@ -125,7 +124,7 @@ class _Column:
 
 
 class _Shared:
-    """One tensor, the same in every minibatch."""
+    """Values that are the same in every minibatch."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -159,12 +158,6 @@ class _Sparse:
         return dense.scatter_add_(1, self.columns[place].long(), self.values[place].to(self.dtype))
 
 
-def _shared(dataset: Dataset) -> set[str]:
-    """Return the names of the attributes that are one tensor for all cells."""
-    likes = [record["cells"] for record in dataset.schema.fields.values()]
-    return {name for like in likes for name, found in like.items() if found and found.get("shared")}
-
-
 def _column(parts: list[Tensor | None], device: torch.device) -> _Column | _Sparse | None:
     if parts[0] is None:
         return None
@@ -192,10 +185,10 @@ def estimate_bytes(dataset: Dataset, n_seen: int = 512) -> int:
         Number of cells to look at.
     """
     rows = np.linspace(0, dataset.n_cells - 1, min(n_seen, dataset.n_cells)).astype(np.int64)
-    cells, total, shared = dataset.cells(rows), 0.0, _shared(dataset)
+    cells, total = dataset.cells(rows), 0.0
     for name in cells.names():
         value = getattr(cells, name)
-        if value is None or name in shared:
+        if value is None or name in dataset.shared:
             continue
         sparse = getattr(value, "_nonzeros", None) is not None
         size = len(NonZeros.of(value)) * 6 if sparse else value.numel() * value.element_size()

@@ -24,7 +24,7 @@ def reverse_complement(codes: Tensor) -> Tensor:
     return torch.where(codes == _UNKNOWN, codes, 3 - codes).flip(-1)
 
 
-def shifted(codes: Tensor, n: int) -> Tensor:
+def shifted(codes: Tensor, n: int | Tensor) -> Tensor:
     """Shift sequences by ``n`` bases to the right, to the left if negative; unknown bases fill the gap.
 
     Parameters
@@ -32,12 +32,12 @@ def shifted(codes: Tensor, n: int) -> Tensor:
     codes
         Shape (B, length).
     n
-        Number of bases.
+        Number of bases, one for all; a tensor need not leave its device.
     """
     length = codes.shape[-1]
-    if n > 0:
-        return functional.pad(codes[..., : length - n], (n, 0), value=_UNKNOWN)
-    return functional.pad(codes[..., -n:], (0, -n), value=_UNKNOWN)
+    place = torch.arange(length, device=codes.device) - n
+    inside = (place >= 0) & (place < length)
+    return torch.where(inside, codes[..., place.clamp(0, length - 1)], _UNKNOWN)
 
 
 class _Norm(nn.BatchNorm1d):
@@ -156,10 +156,10 @@ class DnaTower(nn.Module):
         return self.dropout(self.standard(embedding))
 
     def _augmented(self, codes: Tensor) -> Tensor:
-        """Decide on the host, so that the device is not waited for."""
-        shift = int(torch.randint(-self.max_shift, self.max_shift + 1, ()))
-        other_strand = bool(torch.rand(()) < 0.5)
-        return shifted(reverse_complement(codes) if other_strand else codes, shift)
+        """Decide on the device: a step that is recorded there decides anew each time it is played."""
+        shift = torch.randint(-self.max_shift, self.max_shift + 1, (), device=codes.device)
+        other_strand = torch.rand((), device=codes.device) < 0.5
+        return shifted(torch.where(other_strand, reverse_complement(codes), codes), shift)
 
 
 def length_after(length: int, n_blocks: int) -> int:

@@ -288,6 +288,8 @@ def _check_every_verb(case: ModelCase) -> None:
         "get_feature_correlation_matrix": {"n_samples": 2},
         "get_marginal_ll": {"n_samples": 3},
         "posterior_predictive_check": {"n_samples": 3},
+        "get_tf_activity": {"motifs": {"one": "TGACTCA"}, "n_background": 4},
+        "get_mutation_effects": {"region": str(model.require_data(None).obs_names[0])},
     }
     for verb, having in capabilities([case.model_class]).items():
         if not having[case.model_class.__name__] or verb in _NO_QUESTIONS:

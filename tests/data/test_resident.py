@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from scipy import sparse
 
 from pyrocell.data import Accessibility, Dataset, Schema, synthetic_iid
 from pyrocell.data.resident import Resident, estimate_bytes, resident_on
+from pyrocell.models.scbasset import SCBASSET
 from pyrocell.models.scvi import SCVI
 from pyrocell.models.totalvi import TOTALVI
 
@@ -103,3 +105,19 @@ def test_regions_too():
     data = Dataset(adata, schema, {"accessibility": Accessibility()})
     rows = np.arange(30)
     assert_equal(Resident(data, CPU).cells(torch.from_numpy(rows), n_total=30), data.cells(rows))
+
+
+def test_what_all_minibatches_share_is_whole():
+    rng = np.random.default_rng(0)
+    is_open = rng.random((12, 40)) < 0.5
+    is_open[0], is_open[:, 0] = True, True
+    adata = anndata.AnnData(sparse.csr_matrix(is_open.astype(np.float32)))
+    adata.obs["batch"] = rng.integers(2, size=12).astype(str)
+    adata.varm["dna_code"] = rng.integers(5, size=(40, 20), dtype=np.uint8)
+    SCBASSET.setup_anndata(adata, batch_key="batch")
+    small = {"n_filters_init": 4, "n_repeat_blocks_tower": 1, "n_filters_pre_bottleneck": 4}
+    dataset = SCBASSET(adata, 2, **small).dataset
+    rows = np.array([38, 2, 17])
+    found = Resident(dataset, CPU).cells(torch.from_numpy(rows), n_total=40)
+    assert dataset.shared == {"batch"} and len(found.batch) == 12 and found.dna.dtype == torch.uint8
+    assert_equal(found, dataset.cells(rows, n_total=40))
