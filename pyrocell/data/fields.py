@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -49,6 +50,13 @@ class Counts(Field):
     ) -> None:
         super().__init__(argument=argument, doc=doc)
         self.absent_ok = absent_ok
+        self.features: list[str] | None = None
+
+    def only(self, features: Sequence[str]) -> Counts:
+        """Return the field for a model that reads these features alone, in this order."""
+        twin = copy.copy(self)
+        twin.features = [str(name) for name in features]
+        return twin
 
     def default_argument(self) -> str:
         """Return ``layer``, the name that users know, for the main counts."""
@@ -80,8 +88,11 @@ class Counts(Field):
     def freeze(self, slots: Slots, setup: Setup) -> Frozen:
         """Check every count and name, and record the features."""
         _check_feature_names(slots)
-        names = [str(name) for name in slots.feature_names]
-        totals = self._check(slots, setup, slots.matrix(setup[self.argument]), names)
+        there = [str(name) for name in slots.feature_names]
+        names = (
+            there if self.features is None else preflight.chosen_features(self.features, there, slots.spelled)
+        )
+        totals = self._check(slots, setup, self._aligned(slots, setup, {"names": names}), names)
         cells = {
             self.name: tensor_like("float32", len(names), fill=1),
             self.library: tensor_like("float32", 1, fill=len(names)),
@@ -115,14 +126,24 @@ class Counts(Field):
 
     def extend(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Frozen:
         """Check every count of a query; features of the reference that it lacks are taken for zeros."""
+        record = self.lacking(slots, record)
+        return Frozen(record, totals=self.totals(slots, setup, record))
+
+    def lacking(self, slots: Slots, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record with the features added that a query lacks."""
         absent = absent_features(slots.feature_names, record["names"])
-        record = {**record, "absent": sorted({*record.get("absent", ()), *absent})}
-        totals = self._check(slots, setup, self._aligned(slots, setup, record), record["names"])
-        return Frozen(record, totals=totals)
+        return {**record, "absent": sorted({*record.get("absent", ()), *absent})}
+
+    def totals(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> np.ndarray:
+        """Check every count of the features that a record names, and return the total of each cell over them.
+
+        Parameters as for `open`.
+        """
+        return self._check(slots, setup, self._aligned(slots, setup, record), record["names"])
 
     def check_values(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> None:
         """Check every count of the recorded features."""
-        self._check(slots, setup, self._aligned(slots, setup, record), record["names"])
+        self.totals(slots, setup, record)
 
     def _check(self, slots: Slots, setup: Setup, matrix: MatrixReader, names: list[str]) -> np.ndarray:
         return preflight.check_counts(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pyrocell.data.matrices import Entries, MatrixReader
+from pyrocell.data.slots import what_there_is
 from pyrocell.errors import DataError, PyrocellWarning, SetupError, list_some
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "check_counts",
     "check_keys",
     "check_names",
+    "chosen_features",
     "constant_columns",
     "numbers",
     "size_factors",
@@ -49,6 +51,27 @@ def check_names(names: pd.Index, what: str, remedy: str) -> None:
             f"{len(repeated)} {what} names occur more than once: {list_some(repeated)}. Names must be unique, "
             f"because data are aligned by name: {remedy}"
         )
+
+
+def chosen_features(wanted: list[str], there: list[str], data: str = "adata") -> list[str]:
+    """Return the features that a model asks for; raise a DataError that names those which ``data`` lack.
+
+    Parameters
+    ----------
+    wanted, there
+        Names asked for, and names of the data.
+    data
+        What messages call the data.
+    """
+    missing = sorted(set(wanted) - set(there), key=wanted.index)
+    if not missing:
+        return wanted
+    kind = " None of them is there: are the names of another kind (symbols, Ensembl)?"
+    raise DataError(
+        f"{len(missing)} of the {len(wanted)} features that the model is to read are not in {data}.var_names: "
+        f"{list_some(missing)}.{kind if len(missing) == len(wanted) else ''} Leave them out, or give data that have "
+        f"them. For {missing[0]!r}:{what_there_is(missing[0], there)}"
+    )
 
 
 def check_cell_names(names: pd.Index, data: str = "adata") -> None:

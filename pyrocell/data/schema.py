@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from pyrocell.data import preflight
 from pyrocell.data.base import Field, Frozen, named_fields
+from pyrocell.data.fields import Counts
 from pyrocell.data.registration import complete_setup
 from pyrocell.data.slots import open_slots, what_there_is
 from pyrocell.errors import DataError, LoadError, QueryError, SetupError, list_some
@@ -46,7 +47,14 @@ class Schema:
     statistics: dict[str, list[float]]
 
     @classmethod
-    def freeze(cls, adata: AnnData | MuData, fields: Mapping[str, Field], setup: Mapping[str, Any]) -> Schema:
+    def freeze(
+        cls,
+        adata: AnnData | MuData,
+        fields: Mapping[str, Field],
+        setup: Mapping[str, Any],
+        *,
+        features: Mapping[str, Sequence[str]] | None = None,
+    ) -> Schema:
         """Check the data thoroughly, and record what the model needs to know.
 
         Parameters
@@ -57,6 +65,8 @@ class Schema:
             The fields of the model, by name.
         setup
             Arguments that ``setup_anndata`` or ``setup_mudata`` was given, as `read_setup` returns them.
+        features
+            Names of the features that the model reads of a field of counts, where it does not read all.
 
         Raises
         ------
@@ -73,6 +83,8 @@ class Schema:
         bound, complete = named_fields(fields), complete_setup(fields, setup)
         slots = open_slots(adata, complete.get("modalities"))
         preflight.check_cell_names(slots.cell_names, slots.spelled)
+        for name, names in (features or {}).items():
+            bound[name] = _reading(bound[name], names)
         for name, item in bound.items():
             item.check_setup(slots.of(name), complete)
         frozen = {name: item.freeze(slots.of(name), complete) for name, item in bound.items()}
@@ -200,6 +212,13 @@ class Schema:
             if record["given"]:
                 parts.append(f"{name}: {_summary(record)}")
         return "; ".join(parts)
+
+
+def _reading(field: Field, features: Sequence[str]) -> Field:
+    """Return a field of counts for a model that reads some features alone."""
+    if not isinstance(field, Counts):
+        raise TypeError(f"{field!r} has no features to choose from; only fields of counts do.")
+    return field.only(features)
 
 
 def _require(value: object, kind: type) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -97,7 +97,9 @@ class ModelCore(metaclass=ModelMeta):
                 {} if cls.expression_site is None else {cls.expression_site: cls.feature_field}
             )
 
-    def __init__(self, adata: AnnData | MuData | None) -> None:
+    def __init__(
+        self, adata: AnnData | MuData | None, *, features: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         if adata is None and self.data is None:
             raise SetupError(
                 f"{type(self).__name__} needs an AnnData or MuData: {type(self).__name__}.setup_anndata(adata, ...), "
@@ -114,7 +116,8 @@ class ModelCore(metaclass=ModelMeta):
         if adata is not None:
             known = self.data is not None
             if not known:
-                self.data = Schema.freeze(adata, self.fields, read_setup(adata, type(self).__name__))
+                setup = read_setup(adata, type(self).__name__)
+                self.data = Schema.freeze(adata, self.fields, setup, features=features)
             self.attach(adata, check=known)
 
     def attach(self, adata: AnnData | MuData, *, check: bool = True) -> None:
