@@ -7,6 +7,7 @@ from pyrocell.nn.adversary import Adversary, reverse_gradient
 from pyrocell.nn.classifier import Classifier
 from pyrocell.nn.covariates import Covariates, InjectedLinear
 from pyrocell.nn.decoders import DecoderOutput, ProfileDecoder
+from pyrocell.nn.effects import LinearEffects
 from pyrocell.nn.encoders import GaussianEncoder
 from pyrocell.nn.features import FeatureLinear, select_features
 from pyrocell.nn.mlp import MLP
@@ -22,6 +23,7 @@ __all__ = [
     "FeatureLinear",
     "GaussianEncoder",
     "InjectedLinear",
+    "LinearEffects",
     "ProfileDecoder",
     "ProteinDecoder",
     "ProteinOutput",
