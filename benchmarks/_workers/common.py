@@ -25,6 +25,7 @@ __all__ = [
     "Contender",
     "Job",
     "main",
+    "marker_table",
     "measure_quality",
     "measure_speed",
     "negative_binomial_log_prob",
@@ -34,6 +35,14 @@ RESULT = "BENCHMARK-RESULT "
 """Marks the one line of standard output that the driver reads."""
 
 _BLOCK = 1024
+
+
+def marker_table(model: str, adata: anndata.AnnData) -> list[Any]:
+    """Return the constructor's further arguments: for CellAssign, genes by types of all genes that are markers."""
+    if model != "CellAssign":
+        return []
+    table = adata.varm["markers"]
+    return [table[table.any(axis=1)]]
 
 
 @dataclass(frozen=True)

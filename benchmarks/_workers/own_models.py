@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-from common import RESULT
+from common import RESULT, marker_table
 
 import pyrocell
 
@@ -20,8 +20,10 @@ def _set_up(name: str, adata: anndata.AnnData) -> Any:
         arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
     if name == "TOTALVI":
         arguments |= {"protein_expression_obsm_key": "protein_expression"}
+    if name == "CellAssign":
+        arguments |= {"size_factor_key": "size"}
     model_class.setup_anndata(adata, **arguments)
-    return model_class(adata)
+    return model_class(adata, *marker_table(name, adata))
 
 
 def main() -> None:

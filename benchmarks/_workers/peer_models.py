@@ -13,8 +13,9 @@ from typing import Any
 import anndata
 import lightning.pytorch
 import scvi
+import scvi.external
 import torch
-from common import RESULT
+from common import RESULT, marker_table
 
 warnings.filterwarnings("ignore")
 
@@ -35,14 +36,19 @@ class StopWatch(lightning.pytorch.Callback):
 
 
 def _set_up(name: str, adata: anndata.AnnData) -> Any:
-    model_class = getattr(scvi.model, name)
+    model_class = scvi.external.CellAssign if name == "CellAssign" else getattr(scvi.model, name)
     arguments: dict[str, Any] = {"batch_key": "batch"}
     if name == "SCANVI":
         arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
     if name == "TOTALVI":
         arguments |= {"protein_expression_obsm_key": "protein_expression"}
+    tables = marker_table(name, adata)
+    if tables:
+        arguments |= {"size_factor_key": "size"}
+        adata = adata[:, tables[0].index].copy()
+        adata.X = adata.X.toarray()
     model_class.setup_anndata(adata, **arguments)
-    return model_class(adata)
+    return model_class(adata, *tables)
 
 
 def main() -> None:
@@ -69,7 +75,7 @@ def main() -> None:
         logger=None if job["model"] == "TOTALVI" else False,  # its watcher of the learning rate wants one
         callbacks=[watch],
         # TOTALVI would score the validation cells within each epoch that is timed
-        plan_kwargs={"reduce_lr_on_plateau": False},
+        plan_kwargs={"reduce_lr_on_plateau": False} if job["model"] != "CellAssign" else None,
     )
     print(RESULT + json.dumps({"epoch_seconds": watch.seconds}), flush=True)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pyrocell.models.base import CellModel
+from pyrocell.models.cellassign import CellAssign
 from pyrocell.models.labels import ClassifierOptions
 from pyrocell.models.peakvi import PEAKVI
 from pyrocell.models.scanvi import SCANVI
 from pyrocell.models.scvi import SCVI
 from pyrocell.models.totalvi import TOTALVI
 
-__all__ = ["PEAKVI", "SCANVI", "SCVI", "TOTALVI", "CellModel", "ClassifierOptions"]
+__all__ = ["PEAKVI", "SCANVI", "SCVI", "TOTALVI", "CellAssign", "CellModel", "ClassifierOptions"]

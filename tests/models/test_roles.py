@@ -43,7 +43,10 @@ def test_the_table_follows_the_declared_roles():
         for verb, present in verbs(model_class).items():
             assert TABLE[verb][model_class.__name__] is present
     assert TABLE["get_latent_representation"] == {
-        model.__name__: model is not NoLatent for model in [*MODELS, *OWN]
+        model.__name__: model.latent_site is not None for model in [*MODELS, *OWN]
+    }
+    assert not {"NoLatent", "CellAssign"} & {
+        name for name, has in TABLE["get_latent_representation"].items() if has
     }
     assert not TABLE["load_query_data"]["PoissonFactors"], "a model without a guide of its own cannot map"
 
