@@ -16,6 +16,7 @@ __all__ = ["MarkerCounts", "checked_markers"]
 
 _EXPECTED = "expected a DataFrame of genes by cell types with 1 where a gene is a marker of a type, else 0"
 _CELLS_AT_ONCE = 4096
+_MOST = 100_000  # a histogram up to any count would not fit
 
 
 def checked_markers(markers: object, reserved: str) -> pd.DataFrame:
@@ -68,7 +69,7 @@ class MarkerCounts:
     rate
         Count of each gene per unit of cell size, shape (n_genes,).
     largest
-        The largest count of a gene in a cell, the 0.1 % highest of all left aside.
+        The largest count of a gene in a cell, the highest 0.1 % of those above zero left aside.
     """
 
     rate: torch.Tensor
@@ -84,7 +85,7 @@ class MarkerCounts:
             assert cells.size_factor is not None  # a total where the user gave none
             totals += cells.counts.sum(0, dtype=torch.float64)
             size += float(cells.size_factor.sum(dtype=torch.float64))
-            found.append(np.bincount(cells.counts.flatten().long().numpy()))
+            found.append(np.bincount(cells.counts.flatten().clamp(max=_MOST).long().numpy()))
         _check_counted(totals.numpy() > 0, markers)
         # Half a count for a gene that was never seen: its rate is low, and known to be no more than that.
         rate = (totals + 0.5) / size
