@@ -22,12 +22,12 @@ from _cases import simulate
 from _environments import Side, default_peer_folder, own_side, peer_side, run_worker
 from scipy import sparse
 
-MODELS = ("SCVI", "SCANVI", "TOTALVI", "PEAKVI", "VELOVI", "SCBASSET")
-MINIBATCHES = {"TOTALVI": 256, "VELOVI": 256}
+MODELS = ("SCVI", "SCANVI", "TOTALVI", "PEAKVI", "VELOVI", "SCBASSET", "CellAssign")
+MINIBATCHES = {"TOTALVI": 256, "VELOVI": 256, "CellAssign": 1024}
 
 
 def _cells(n_cells: int, seed: int = 0) -> anndata.AnnData:
-    """Simulate 2,000 genes, and beside them 30 proteins and labels of which nine in ten are hidden."""
+    """Simulate 2,000 genes, and beside them 30 proteins, labels of which nine in ten are hidden, and 100 markers."""
     rng = np.random.default_rng(seed)
     adata = simulate(n_cells, 2000, seed=seed)
     group = adata.obs["group"].astype("category").cat.codes.to_numpy()
@@ -36,6 +36,12 @@ def _cells(n_cells: int, seed: int = 0) -> anndata.AnnData:
     names = [f"protein{t}" for t in range(30)]
     proteins = rng.poisson(rng.gamma(5.0, mean / 5.0)).astype(np.float32)
     adata.obsm["protein_expression"] = pd.DataFrame(proteins, index=adata.obs_names, columns=names)
+    total = np.asarray(adata.X.sum(1)).ravel()
+    adata.obs["size"] = total / total.mean()
+    counted = np.argsort(-np.asarray(adata.X.sum(0)).ravel())[:100]
+    is_marker = np.zeros((adata.n_vars, 8), dtype=np.int64)
+    is_marker[counted, np.arange(100) % 8] = 1
+    adata.varm["markers"] = pd.DataFrame(is_marker, adata.var_names, [f"type{c}" for c in range(8)])
     hidden = rng.random(n_cells) < 0.9
     adata.obs["label"] = np.where(hidden, "unknown", adata.obs["group"].astype(str))
     return adata

@@ -26,6 +26,7 @@ __all__ = [
     "Contender",
     "Job",
     "main",
+    "marker_table",
     "measure_quality",
     "measure_speed",
     "negative_binomial_log_prob",
@@ -37,6 +38,14 @@ SIZES: dict[str, dict[str, int]] = {"SCBASSET": {"n_filters_init": 64}}
 """Options of the constructors where the defaults would take minutes an epoch; both sides know them by these names."""
 
 _BLOCK = 1024
+
+
+def marker_table(model: str, adata: anndata.AnnData) -> list[Any]:
+    """Return the constructor's further arguments: for CellAssign, genes by types of all genes that are markers."""
+    if model != "CellAssign":
+        return []
+    table = adata.varm["markers"]
+    return [table[table.any(axis=1)]]
 
 
 @dataclass(frozen=True)

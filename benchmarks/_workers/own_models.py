@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-from common import RESULT, SIZES
+from common import RESULT, SIZES, marker_table
 
 import pyrocell
 
@@ -23,8 +23,10 @@ def _set_up(name: str, adata: anndata.AnnData) -> Any:
         arguments |= {"labels_key": "label", "unlabeled_category": "unknown"}
     if name == "TOTALVI":
         arguments |= {"protein_expression_obsm_key": "protein_expression"}
+    if name == "CellAssign":
+        arguments |= {"size_factor_key": "size"}
     model_class.setup_anndata(adata, **arguments)
-    return model_class(adata, **SIZES.get(name, {}))
+    return model_class(adata, *marker_table(name, adata), **SIZES.get(name, {}))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import lightning.pytorch
 import scvi
 import scvi.external
 import torch
-from common import RESULT, SIZES
+from common import RESULT, SIZES, marker_table
 
 warnings.filterwarnings("ignore")
 
@@ -46,8 +46,13 @@ def _set_up(name: str, adata: anndata.AnnData) -> Any:
         arguments |= {"protein_expression_obsm_key": "protein_expression"}
     if name == "SCBASSET":  # it wants the data the other way round
         adata, arguments = adata.transpose(), arguments | {"dna_code_key": "dna_code"}
+    tables = marker_table(name, adata)
+    if tables:
+        arguments |= {"size_factor_key": "size"}
+        adata = adata[:, tables[0].index].copy()
+        adata.X = adata.X.toarray()
     model_class.setup_anndata(adata, **arguments)
-    return model_class(adata, **SIZES.get(name, {}))
+    return model_class(adata, *tables, **SIZES.get(name, {}))
 
 
 def main() -> None:
@@ -74,7 +79,7 @@ def main() -> None:
         logger=None if job["model"] == "TOTALVI" else False,  # its watcher of the learning rate wants one
         callbacks=[watch],
         # TOTALVI would score the validation cells within each epoch that is timed
-        plan_kwargs={"reduce_lr_on_plateau": False},
+        plan_kwargs={"reduce_lr_on_plateau": False} if job["model"] != "CellAssign" else None,
     )
     print(RESULT + json.dumps({"epoch_seconds": watch.seconds}), flush=True)
 

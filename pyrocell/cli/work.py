@@ -86,16 +86,18 @@ def _prepare_folder(out: Path, *, overwrite: bool) -> Path:
 
 
 def _find_model(name: str, models: Mapping[str, Any] | None) -> Any:
-    """Find a model class by name."""
+    """Find a model class by name, of those with a latent space to show."""
     if models is None:
         import pyrocell
 
-        base = pyrocell.CellModel
+        base = pyrocell.CellModel  # which declares no latent itself
         public = {key: getattr(pyrocell, key) for key in pyrocell.__all__}
         models = {
             key: value
             for key, value in public.items()
-            if isinstance(value, type) and issubclass(value, base) and value is not base
+            if isinstance(value, type)
+            and issubclass(value, base)
+            and hasattr(value, "get_latent_representation")
         }
     if name not in models:
         raise SetupError(f"there is no model {name!r}. Models are: {list_some(models, limit=40)}.")

@@ -54,7 +54,7 @@ class Accessibility(Counts):
         frozen = super().freeze(slots, setup)
         where, names = slots.where(setup[self.argument]), frozen.record["names"]
         n_open, binary, largest = np.zeros(len(names), dtype=np.int64), True, 0.0
-        for _, _, entries in slots.matrix(setup[self.argument]).blocks():
+        for _, _, entries in self._aligned(slots, setup, frozen.record).blocks():
             n_open += np.bincount(entries.cols, minlength=len(names))
             binary = binary and bool((entries.values == 1).all())
             largest = max(largest, float(entries.values.max(initial=0.0)))

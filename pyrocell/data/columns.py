@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -116,17 +116,35 @@ class Continuous(Columns):
         return column_reader(self.name, (values - np.array(record["means"])) / np.array(record["sds"]))
 
 
+class HasTotals(Protocol):
+    """Field of counts that tells the total of each cell over features of the data, read by the model or not."""
+
+    name: str
+
+    def totals(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> np.ndarray:
+        """Return the total of each cell over the features that a record names."""
+
+    def lacking(self, slots: Slots, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record with the features added that a query lacks."""
+
+
 class SizeFactor(OneColumn):
     """Size of each cell known from elsewhere: float32, shape (n_cells, 1), positive; None when left out.
 
     Parameters
     ----------
+    total_of
+        Field of counts: when the column is left out, the size of a cell is its total over all features of the data,
+        also those that the model does not read. Other data must have them all.
     argument, doc
         As for `Field`.
     """
 
-    def __init__(self, *, argument: str | None = None, doc: str | None = None) -> None:
+    def __init__(
+        self, *, total_of: HasTotals | None = None, argument: str | None = None, doc: str | None = None
+    ) -> None:
         super().__init__(optional=True, argument=argument, doc=doc)
+        self.total_of = total_of
 
     def arguments(self) -> list[Argument]:
         """Return the name of the column."""
@@ -137,18 +155,37 @@ class SizeFactor(OneColumn):
         return [Argument(self.argument, "str | None", doc)]
 
     def freeze(self, slots: Slots, setup: Setup) -> Frozen:
-        """Check the values; nothing of them is recorded."""
-        key = setup[self.argument]
-        if key is None:
+        """Check the values; nothing is recorded of them, but the features of a total are."""
+        key, of_each = setup[self.argument], {self.name: tensor_like("float32", 1, fill=1)}
+        if key is not None:
+            preflight.size_factors(self._column(slots, setup), self._where(slots, setup))
+            return Frozen({"given": True, "names": [key], "cells": of_each})
+        if self.total_of is None:
             return Frozen({"given": False, "names": [], "cells": {self.name: None}})
-        preflight.size_factors(self._column(slots, setup), self._where(slots, setup))
-        return Frozen(
-            {"given": True, "names": [key], "cells": {self.name: tensor_like("float32", 1, fill=1)}}
-        )
+        names = [str(name) for name in slots.of(self.total_of.name).feature_names]
+        return Frozen({"given": False, "names": names, "cells": of_each})
+
+    def extend(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Frozen:
+        """Check a query; features of a total that it lacks are taken for zeros."""
+        if self.total_of is not None and not record["given"]:
+            record = self.total_of.lacking(slots.of(self.total_of.name), record)
+        return super().extend(slots, setup, record)
 
     def open(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Reader:
-        """Check and read the column."""
-        if not record["given"]:
+        """Check and read the column, or take the totals."""
+        if record["given"]:
+            values = preflight.size_factors(self._column(slots, setup), self._where(slots, setup))
+        elif self.total_of is None:
             return lambda rows: {self.name: None}
-        values = preflight.size_factors(self._column(slots, setup), self._where(slots, setup))
+        else:
+            values = self._totals(self.total_of, slots, setup, record)
         return column_reader(self.name, values[:, None])
+
+    def _totals(self, counts: HasTotals, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> np.ndarray:
+        try:
+            return counts.totals(slots.of(counts.name), setup, record)
+        except DataError as error:
+            raise DataError(
+                f"Without {self.argument}, the size of a cell is its total count over all features: {error} A column "
+                f"with sizes, named with {self.argument}=, needs no other features than those that the model reads."
+            ) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from pyrocell.data.absence import mask_arguments, measured_cells, require_measur
 from pyrocell.data.base import NONINTEGER, Argument, Field, Frozen, Reader, Setup, tensor_like
 from pyrocell.data.extension import absent_features, with_empty_columns
 from pyrocell.data.matrices import MatrixReader
-from pyrocell.data.slots import Slots
+from pyrocell.data.slots import Slots, what_there_is
 from pyrocell.distributions import NonZeros, attach_nonzeros
 from pyrocell.errors import DataError, list_some
 
@@ -48,6 +49,13 @@ class Counts(Field):
     ) -> None:
         super().__init__(argument=argument, doc=doc)
         self.absent_ok = absent_ok
+        self.features: list[str] | None = None
+
+    def only(self, features: Sequence[str]) -> Counts:
+        """Return the field for a model that reads these features alone, in this order."""
+        twin = copy.copy(self)
+        twin.features = [str(name) for name in features]
+        return twin
 
     def default_argument(self) -> str:
         """Return ``layer``, the name that users know, for the main counts."""
@@ -79,8 +87,9 @@ class Counts(Field):
     def freeze(self, slots: Slots, setup: Setup) -> Frozen:
         """Check every count and name, and record the features."""
         _check_feature_names(slots)
-        names = [str(name) for name in slots.feature_names]
-        totals = self._check(slots, setup, slots.matrix(setup[self.argument]), names)
+        there = [str(name) for name in slots.feature_names]
+        names = there if self.features is None else _chosen_features(self.features, there, slots.spelled)
+        totals = self._check(slots, setup, self._aligned(slots, setup, {"names": names}), names)
         if self.absent_ok:
             require_measured(self, totals)
         return Frozen(self.over({"given": True}, names), totals=totals)
@@ -119,14 +128,24 @@ class Counts(Field):
 
     def extend(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Frozen:
         """Check every count of a query; features of the reference that it lacks are taken for zeros."""
+        record = self.lacking(slots, record)
+        return Frozen(record, totals=self.totals(slots, setup, record))
+
+    def lacking(self, slots: Slots, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record with the features added that a query lacks."""
         absent = absent_features(slots.feature_names, record["names"])
-        record = {**record, "absent": _in_order(record["names"], {*record.get("absent", ()), *absent})}
-        totals = self._check(slots, setup, self._aligned(slots, setup, record), record["names"])
-        return Frozen(record, totals=totals)
+        return {**record, "absent": _in_order(record["names"], {*record.get("absent", ()), *absent})}
+
+    def totals(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> np.ndarray:
+        """Check every count of the features that a record names, and return the total of each cell over them.
+
+        Parameters as for `open`.
+        """
+        return self._check(slots, setup, self._aligned(slots, setup, record), record["names"])
 
     def check_values(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> None:
         """Check every count of the recorded features."""
-        self._check(slots, setup, self._aligned(slots, setup, record), record["names"])
+        self.totals(slots, setup, record)
 
     def _check(self, slots: Slots, setup: Setup, matrix: MatrixReader, names: list[str]) -> np.ndarray:
         return preflight.check_counts(
@@ -172,3 +191,16 @@ def _check_feature_names(slots: Slots) -> None:
     """Raise a DataError if names of columns (features) repeat."""
     remedy = f"call {slots.spelled}.{slots.names_in[1]}_make_unique()."
     preflight.check_names(slots.feature_names, slots.words[1], remedy)
+
+
+def _chosen_features(wanted: list[str], there: list[str], data: str = "adata") -> list[str]:
+    """Return the features that a model asks for; raise a DataError that names those which ``data`` lack."""
+    missing = sorted(set(wanted) - set(there), key=wanted.index)
+    if not missing:
+        return wanted
+    kind = " None of them is there: are the names of another kind (symbols, Ensembl)?"
+    raise DataError(
+        f"{len(missing)} of the {len(wanted)} features that the model is to read are not in {data}.var_names: "
+        f"{list_some(missing)}.{kind if len(missing) == len(wanted) else ''} Leave them out, or give data that have "
+        f"them. For {missing[0]!r}:{what_there_is(missing[0], there)}"
+    )

@@ -48,7 +48,14 @@ class Schema:
     statistics: dict[str, list[float]]
 
     @classmethod
-    def freeze(cls, adata: AnnData | MuData, fields: Mapping[str, Field], setup: Mapping[str, Any]) -> Schema:
+    def freeze(
+        cls,
+        adata: AnnData | MuData,
+        fields: Mapping[str, Field],
+        setup: Mapping[str, Any],
+        *,
+        features: Mapping[str, Sequence[str]] | None = None,
+    ) -> Schema:
         """Check the data thoroughly, and record what the model needs to know.
 
         Parameters
@@ -59,6 +66,8 @@ class Schema:
             The fields of the model, by name.
         setup
             Arguments that ``setup_anndata`` or ``setup_mudata`` was given, as `read_setup` returns them.
+        features
+            Names of the features that the model reads of a field of counts, where it does not read all.
 
         Raises
         ------
@@ -75,6 +84,8 @@ class Schema:
         bound, complete = named_fields(fields), complete_setup(fields, setup)
         slots = as_read(open_slots(adata, complete.get("modalities")), bound)
         preflight.check_row_names(slots)
+        for name, names in (features or {}).items():
+            bound[name] = _reading(bound[name], names)
         for name, item in bound.items():
             item.check_setup(slots.of(name), complete)
         frozen = {name: item.freeze(slots.of(name), complete) for name, item in bound.items()}
@@ -217,6 +228,13 @@ class Schema:
             if record["given"]:
                 parts.append(f"{name}: {_summary(record)}")
         return "; ".join(parts)
+
+
+def _reading(field: Field, features: Sequence[str]) -> Field:
+    """Return a field of counts for a model that reads some features alone."""
+    if not isinstance(field, Counts):
+        raise TypeError(f"{field!r} has no features to choose from; only fields of counts do.")
+    return field.only(features)
 
 
 def _require(value: object, kind: type) -> None:

@@ -14,7 +14,7 @@ from pyro import poutine
 
 from pyrocell.errors import QueryError, list_some
 from pyrocell.infer.effects import Record, Site, is_latent, is_local, is_observed, run_until
-from pyrocell.infer.enumeration import draw_classes
+from pyrocell.infer.enumeration import class_posterior, draw_classes
 
 __all__ = ["DRAWS", "Drawer", "SiteDraws"]
 
@@ -120,9 +120,7 @@ class Drawer:
         """
         guide_trace = self.guide_trace(cells, n_samples)
         if self.classes_of_model_alone:
-            with poutine.enum(first_available_dim=self.dim - 1):
-                everything = self.model_trace(cells, guide_trace, n_samples)
-            draw_classes(everything, guide_trace, n_plates=-self.dim)
+            draw_classes(self._enumerated(cells, guide_trace, n_samples), guide_trace, n_plates=-self.dim)
         results = []
         for version in [cells] if counterfactuals is None else counterfactuals:
             with decoding():
@@ -132,6 +130,30 @@ class Drawer:
                 raise _unknown_site(missing[0], self.sites(cells))
             results.append({name: _site(model_trace.nodes[name], n_samples, len(cells)) for name in sites})
         return results
+
+    @torch.no_grad()
+    def class_probabilities(self, cells: Any, *, n_samples: int = 1) -> dict[str, torch.Tensor]:
+        """Return the posterior of each class that only the model has, shape ``(B, n_classes)``, by name.
+
+        Exact where the guide draws nothing, else an average over draws.
+
+        Parameters
+        ----------
+        cells
+            B cells, as measured.
+        n_samples
+            Number of draws of the guide.
+        """
+        guide_trace = self.guide_trace(cells, n_samples)
+        found = class_posterior(
+            self._enumerated(cells, guide_trace, n_samples), guide_trace, n_plates=-self.dim
+        )
+        return {name: probabilities.mean(0) for name, probabilities in found.items()}
+
+    def _enumerated(self, cells: Any, guide_trace: Any, n_samples: int) -> Any:
+        """Run the model on the guide's draws, with all values of the classes that only the model has."""
+        with poutine.enum(first_available_dim=self.dim - 1):
+            return self.model_trace(cells, guide_trace, n_samples)
 
     @torch.no_grad()
     def guide_latents(self, cells: Any) -> dict[str, Any]:

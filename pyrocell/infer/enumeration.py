@@ -12,7 +12,14 @@ from pyro.distributions.util import scale_and_mask
 
 from pyrocell.infer.effects import Site, enumerates, is_local, is_observed
 
-__all__ = ["Enumeration", "Term", "classes_of_model_alone", "draw_classes", "log_prob"]
+__all__ = [
+    "Enumeration",
+    "Term",
+    "class_posterior",
+    "classes_of_model_alone",
+    "draw_classes",
+    "log_prob",
+]
 
 Kind = Literal["reconstruction", "kl_local", "kl_global"]
 
@@ -130,10 +137,7 @@ def draw_classes(model_trace: Any, guide_trace: Any, n_plates: int) -> None:
     n_plates
         Dimensions that are not of classes, the draws among them.
     """
-    alone = classes_of_model_alone(model_trace, guide_trace)
-    latent = {*guide_trace.nodes, *(site["name"] for site in alone)}
-    sites = [s for name, s in model_trace.nodes.items() if is_local(s) and (is_observed(s) or name in latent)]
-    joint = sum((log_prob(site) for site in sites if site["type"] == "sample"), torch.zeros(()))
+    alone, joint = _joint_with_classes(model_trace, guide_trace, n_plates)
     sizes = joint.shape[: joint.dim() - n_plates]
     chosen = Categorical(logits=joint.flatten(0, len(sizes) - 1).movedim(0, -1)).sample()
     codes = torch.unravel_index(chosen, sizes)
@@ -141,3 +145,37 @@ def draw_classes(model_trace: Any, guide_trace: Any, n_plates: int) -> None:
         place = joint.dim() + site["infer"]["_enumerate_dim"]
         support = site["value"].reshape(sizes[place], *site["fn"].event_shape)
         guide_trace.add_node(site["name"], **{**site, "value": support[codes[place]], "infer": {}})
+
+
+def class_posterior(model_trace: Any, guide_trace: Any, n_plates: int) -> dict[str, torch.Tensor]:
+    """Return the probabilities of each class that only the model has, given all else but other such classes.
+
+    Parameters
+    ----------
+    model_trace, guide_trace, n_plates
+        As for `draw_classes`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        By name of the site: the dimensions of the plates, then one of its values.
+    """
+    alone, joint = _joint_with_classes(model_trace, guide_trace, n_plates)
+    n_classes, found = joint.dim() - n_plates, {}
+    for site in alone:
+        place = joint.dim() + site["infer"]["_enumerate_dim"]
+        others = [dim for dim in range(n_classes) if dim != place]
+        own = joint.logsumexp(others, keepdim=True) if others else joint
+        found[site["name"]] = own.flatten(0, n_classes - 1).movedim(0, -1).softmax(-1)
+    return found
+
+
+def _joint_with_classes(model_trace: Any, guide_trace: Any, n_plates: int) -> tuple[list[Site], torch.Tensor]:
+    """Return the sites of classes that only the model has, and the log joint of each cell in every combination."""
+    alone = classes_of_model_alone(model_trace, guide_trace)
+    latent = {*guide_trace.nodes, *(site["name"] for site in alone)}
+    sites = [s for name, s in model_trace.nodes.items() if is_local(s) and (is_observed(s) or name in latent)]
+    joint = sum((log_prob(site) for site in sites if site["type"] == "sample"), torch.zeros(()))
+    # Where nothing else is drawn, all draws have the same joint; each draws classes of its own.
+    plates = alone[0]["fn"].batch_shape[-n_plates:]
+    return alone, joint.expand(*joint.shape[: joint.dim() - n_plates], *plates)

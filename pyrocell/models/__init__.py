@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyrocell.models.base import CellModel
+from pyrocell.models.cellassign import CellAssign
 from pyrocell.models.labels import ClassifierOptions
 from pyrocell.models.peakvi import PEAKVI
 from pyrocell.models.scanvi import SCANVI
@@ -20,6 +21,7 @@ __all__ = [
     "SCVI",
     "TOTALVI",
     "VELOVI",
+    "CellAssign",
     "CellModel",
     "ClassifierOptions",
     "Tangram",

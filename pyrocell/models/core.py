@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -99,9 +99,8 @@ class ModelCore(metaclass=ModelMeta):
         super().__init_subclass__()
         if "observed_sites" not in vars(cls) and {"observed_site", "feature_field"} & set(vars(cls)):
             cls.observed_sites = {str(cls.observed_site): cls.feature_field}
-        cls.observed_site, cls.feature_field = next(
-            iter(cls.observed_sites.items()), (None, cls.feature_field)
-        )
+        first = next(iter(cls.observed_sites.items()), (None, cls.feature_field))
+        cls.observed_site, cls.feature_field = first
         if "expression_sites" in vars(cls):
             cls.expression_site = next(iter(cls.expression_sites))
         elif cls.expression_site not in cls.expression_sites:
@@ -109,7 +108,9 @@ class ModelCore(metaclass=ModelMeta):
                 {} if cls.expression_site is None else {cls.expression_site: cls.feature_field}
             )
 
-    def __init__(self, adata: AnnData | MuData | None) -> None:
+    def __init__(
+        self, adata: AnnData | MuData | None, *, features: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         if adata is None and self.data is None:
             raise SetupError(
                 f"{type(self).__name__} needs an AnnData or MuData: {type(self).__name__}.setup_anndata(adata, ...), "
@@ -126,7 +127,8 @@ class ModelCore(metaclass=ModelMeta):
         if adata is not None:
             known: Schema | None = self.data
             if known is None:
-                self.data = Schema.freeze(adata, self.fields, read_setup(adata, type(self).__name__))
+                setup = read_setup(adata, type(self).__name__)
+                self.data = Schema.freeze(adata, self.fields, setup, features=features)
             self.attach(adata, check=False)  # whoever made the schema has checked every value
 
     def attach(self, adata: AnnData | MuData, *, check: bool = True) -> None:
@@ -169,9 +171,8 @@ class ModelCore(metaclass=ModelMeta):
         if not hasattr(type(self), "guide") and self._has_latents(cells):
             self.module.autoguide = AutoNormal(self._program(self.model), create_plates=self.plate)
             trace = poutine.trace(self.module.autoguide).get_trace(cells)
-            self.has_local_parameters |= any(
-                is_latent(site) and is_local(site) for site in trace.nodes.values()
-            )
+            sites = trace.nodes.values()
+            self.has_local_parameters |= any(is_latent(site) and is_local(site) for site in sites)
         names = () if self.dataset is None else self.dataset.obs_names
         self.cell_names = list(names) if self.has_local_parameters else []
         with pyro.validation_enabled(True), torch.no_grad():
@@ -207,7 +208,9 @@ class ModelCore(metaclass=ModelMeta):
         guide = getattr(type(self), "guide", None)
         if guide is not None:
             return self._program(partial(guide, self))
-        return getattr(self.module, "autoguide", _infer_nothing)
+        return getattr(
+            self.module, "autoguide", lambda cells: None
+        )  # without latents, there is nothing to infer
 
     def _program(self, run: Program) -> Program:
         """Let a Bayesian module draw each of its weights once a run, and bring priors to the model's device."""
@@ -294,7 +297,3 @@ class ModelCore(metaclass=ModelMeta):
             return getattr(module, name)
         except AttributeError:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}") from None
-
-
-def _infer_nothing(cells: Cells) -> None:
-    """Guide a model without latents."""

@@ -1,15 +1,39 @@
-"""Options of models that learn labels."""
+"""What models that tell labels share: options of those that learn them, and the table of their probabilities."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from pyrocell.errors import SetupError
+import pandas as pd
+import torch
 
-__all__ = ["ClassifierOptions"]
+from pyrocell.data import Cells
+from pyrocell.errors import SetupError
+from pyrocell.models.asking import Question
+
+__all__ = ["ClassifierOptions", "probability_table"]
+
+
+def probability_table(
+    question: Question, tell: Callable[[Cells], torch.Tensor], labels: Sequence[str]
+) -> pd.DataFrame:
+    """Ask for probabilities of labels, block by block: a table of cells by labels.
+
+    Parameters
+    ----------
+    question
+        Which cells.
+    tell
+        Returns the probabilities of some cells, shape (B, n_labels).
+    labels
+        Their names.
+    """
+    probabilities = torch.cat([tell(cells) for _, cells in question.blocks()]).cpu().numpy()
+    names = question.dataset.obs_names[question.rows]
+    return pd.DataFrame(probabilities, index=names, columns=list(labels))
 
 
 @dataclass(frozen=True)

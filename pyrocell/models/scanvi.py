@@ -19,7 +19,7 @@ from pyrocell.distributions import StandardNormal
 from pyrocell.errors import SetupError
 from pyrocell.infer.effects import Site
 from pyrocell.models.asking import Question
-from pyrocell.models.labels import ClassifierOptions
+from pyrocell.models.labels import ClassifierOptions, probability_table
 from pyrocell.models.scvi import SCVI, Dispersion, Likelihood
 from pyrocell.nn import Classifier, GaussianEncoder
 
@@ -200,14 +200,9 @@ class SCANVI(SCVI):
             Label of each cell, or with ``soft`` probabilities of cells by labels.
         """
         question = Question(self, adata, indices, batch_size=batch_size)
-        labels = self.data.names("label")
         with self.asking():
-            parts = [self._probabilities(cells) for _, cells in question.blocks()]
-        probabilities = torch.cat(parts).cpu().numpy()
-        cell_names = question.dataset.obs_names[question.rows]
-        if soft:
-            return pd.DataFrame(probabilities, index=cell_names, columns=labels)
-        return pd.Series(np.array(labels)[probabilities.argmax(1)], index=cell_names, name="label")
+            table = probability_table(question, self._probabilities, self.data.names("label"))
+        return table if soft else table.idxmax(axis=1).rename("label")
 
     def _probabilities(self, cells: Cells) -> torch.Tensor:
         with torch.no_grad():

@@ -8,6 +8,7 @@ from pyrocell.nn.classifier import Classifier
 from pyrocell.nn.covariates import Covariates, InjectedLinear
 from pyrocell.nn.decoders import DecoderOutput, ProfileDecoder
 from pyrocell.nn.dna import DnaTower
+from pyrocell.nn.effects import LinearEffects
 from pyrocell.nn.encoders import GaussianEncoder
 from pyrocell.nn.features import FeatureLinear, select_features
 from pyrocell.nn.kinetics import KineticDecoder, Rates, divided_difference, induction, repression
@@ -26,6 +27,7 @@ __all__ = [
     "GaussianEncoder",
     "InjectedLinear",
     "KineticDecoder",
+    "LinearEffects",
     "ProfileDecoder",
     "ProteinDecoder",
     "ProteinOutput",

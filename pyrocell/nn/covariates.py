@@ -104,7 +104,8 @@ class InjectedLinear(nn.Module):
     Parameters
     ----------
     n_in, n_out
-        Width of the input without covariates, and of the output.
+        Width of the input without covariates, and of the output. Without any input (``n_in=0``) there is no
+        ``weight``: the layer is the sum of the effects of the covariates.
     covariates
         What is concatenated.
     first
@@ -125,7 +126,7 @@ class InjectedLinear(nn.Module):
         n_levels, n_continuous = sum(sizes), covariates.n_continuous
         n_embedded = (covariates.embedding_dim or 0) if covariates.embedded and first else 0
         self.fan_in = n_in + n_levels + n_continuous + n_embedded
-        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.weight = nn.Parameter(torch.empty(n_in, n_out)) if n_in else None
         self.bias = nn.Parameter(torch.empty(n_out))
         self.table = nn.Parameter(torch.empty(n_levels, n_out)) if n_levels else None
         self.slope = nn.Parameter(torch.empty(n_out, n_continuous)) if n_continuous else None
@@ -138,7 +139,7 @@ class InjectedLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weights from U(-b, b), b = 1/sqrt(inputs with covariates), and embeddings from N(0, 1)."""
-        bound = 1.0 / math.sqrt(self.fan_in)
+        bound = 1.0 / math.sqrt(max(1, self.fan_in))
         for weight in (self.weight, self.bias, self.table, self.slope, self.embedding_weight):
             if weight is not None:
                 nn.init.uniform_(weight, -bound, bound)
@@ -148,7 +149,7 @@ class InjectedLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """Weight (n_out, fan_in) of the equivalent ``Linear`` on [input, one-hots, continuous, embedding]."""
         parts = [
-            self.weight.T,
+            None if self.weight is None else self.weight.T,
             None if self.table is None else self.table.T,
             self.slope,
             self.embedding_weight,
@@ -173,7 +174,7 @@ class InjectedLinear(nn.Module):
         Tensor
             Shape (..., B, n_out).
         """
-        out = linear(x, self.weight, self.bias)
+        out = self.bias if self.weight is None else linear(x, self.weight, self.bias)
         needs_codes = self.table is not None or self.embedding is not None
         if needs_codes and len(codes) != len(self.covariates.sizes):
             raise ValueError(

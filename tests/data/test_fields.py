@@ -153,3 +153,56 @@ def test_string_genes_from_integer_names():
         Dataset(adata[:, ::-1], schema, {"counts": Counts()}).cells(np.array([0])).counts[0, 0]
         == adata.X[0, 0]
     )
+
+
+def reading(adata, names, fields, **setup):
+    """Data of which some features are read, as a model's constructor does it."""
+    make_setup_anndata(fields, "Model")(adata, **setup)
+    schema = Schema.freeze(adata, fields, read_setup(adata, "Model"), features={"counts": names})
+    return Dataset(adata, schema, fields, check=False)
+
+
+def fields_with_totals():
+    counts = Counts()
+    return {"counts": counts.renamed("counts"), "size_factor": SizeFactor(total_of=counts.renamed("counts"))}
+
+
+def test_some_features_are_read_in_the_order_asked_for():
+    adata = make_adata()
+    names = [adata.var_names[i] for i in (7, 0, 3)]
+    data = reading(adata, names, {"counts": Counts()})
+    cells = data.cells(np.arange(5))
+    expected = adata[:5, names].X
+    np.testing.assert_array_equal(cells.counts.numpy(), np.asarray(expected))
+    np.testing.assert_array_equal(cells.library.numpy()[:, 0], np.asarray(expected).sum(1))
+    assert data.schema.names("counts") == names
+    with pytest.raises(
+        DataError, match=r"1 of the 2 features that the model is to read.*'nowhere'.*Leave them out"
+    ):
+        reading(adata, [names[0], "nowhere"], {"counts": Counts()})
+    with pytest.raises(TypeError, match="no features to choose from"):
+        Schema.freeze(adata, {"batch": Category(optional=True)}, {}, features={"batch": names})
+
+
+def test_a_size_that_is_left_out_is_the_total_over_all_features():
+    adata, fields = make_adata(), fields_with_totals()
+    names = list(adata.var_names[:3])
+    totals = np.asarray(adata.X).sum(1)
+    data = reading(adata, names, fields)
+    np.testing.assert_array_equal(data.cells(np.arange(30)).size_factor.numpy()[:, 0], totals)
+    assert prototype_cells(data.schema).size_factor.shape == (2, 1) and not data.schema.has("size_factor")
+    fewer = adata[:, adata.var_names[:-1]].copy()
+    with pytest.raises(
+        DataError, match=f"Without size_factor_key.*{adata.var_names[-1]!r}.*size_factor_key="
+    ):
+        Dataset(fewer, data.schema, fields)
+    query = data.schema.extend(fewer, fields)  # what a query lacks is taken for zeros
+    np.testing.assert_array_equal(
+        Dataset(fewer, query, fields).cells(np.arange(30)).size_factor.numpy()[:, 0],
+        np.asarray(fewer.X).sum(1),
+    )
+    given = reading(adata, names, fields, size_factor_key="size")
+    np.testing.assert_allclose(
+        given.cells(np.arange(30)).size_factor.numpy()[:, 0], adata.obs["size"], rtol=1e-6
+    )
+    Dataset(fewer, given.schema, fields)

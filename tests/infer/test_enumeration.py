@@ -367,3 +367,27 @@ def test_importance_weights_look_through_masks():
         anchors = [(toy_cells(x, [i]), torch.zeros(())) for i in range(8)]
         found.append(log_importance(Drawer(toy.model, toy.guide), latents, anchors, [toy_cells(x)]))
     torch.testing.assert_close(*found)
+
+
+def test_posterior_of_classes_of_the_model_alone():
+    """Exact marginals of each of two classes; draws of all else alike are draws of their own."""
+    x = torch.tensor([-1.0, 1.4])
+
+    def model(cells):
+        with plate(cells):
+            k = pyro.sample("k", Categorical(logits=CLASSES.prior), infer=ENUMERATE)
+            j = pyro.sample("j", Categorical(torch.tensor([0.3, 0.7])), infer=ENUMERATE)
+            pyro.sample("x", Normal(CLASSES.mean[k] + 2.0 * j, 1.0), obs=cells.x)
+
+    drawer = Drawer(model, lambda cells: None, classes_of_model_alone=True)
+    log_p = CLASSES.prior[:, None] + torch.tensor([0.3, 0.7]).log()
+    log_p = log_p + Normal(CLASSES.mean[:, None] + torch.tensor([0.0, 2.0]), 1.0).log_prob(x[:, None, None])
+    exact = log_p.flatten(1).softmax(-1).reshape(2, 3, 2)
+    for n_samples in (1, 5):
+        found = drawer.class_probabilities(toy_cells(x), n_samples=n_samples)
+        assert torch.allclose(found["k"], exact.sum(2), atol=1e-6)
+        assert torch.allclose(found["j"], exact.sum(1), atol=1e-6)
+    torch.manual_seed(0)
+    [draws] = drawer.block(toy_cells(x), ["k"], n_samples=20_000)
+    frequency = torch.stack([(draws["k"].value == k).float().mean(0) for k in range(3)], -1)
+    assert torch.allclose(frequency, exact.sum(2), atol=0.015)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
@@ -58,6 +59,12 @@ def small_peaks():
     adata.obs = small_data().obs.iloc[:N_GENES].set_axis(adata.obs_names.astype(str))
     adata.varm["dna_code"] = generator.integers(5, size=(160, 48), dtype=np.uint8)
     return adata
+
+
+def markers(n_markers=12):
+    """Three types with markers in turn; genes of no type among them."""
+    is_marker = {f"type{c}": [int(i % 4 == c) for i in range(n_markers)] for c in range(3)}
+    return pd.DataFrame(is_marker, index=small_data().var_names[:n_markers])
 
 
 def partly_labelled():
@@ -219,6 +226,20 @@ CASES = {
             "classifier": ClassifierOptions(class_weights="balanced", n_layers=0, encoder_gradient=1.0),
         },
         LABEL_SITES | {"library": (1,)},
+    ),
+    "CellAssign": ModelCase(
+        pyrocell.CellAssign,
+        small_data,
+        {"batch_key": "batch"},
+        {"cell_type_markers": markers()},
+        {"z": (), "mu": (12,), "x": (12,)},
+    ),
+    "CellAssign-unassigned-mean-covariates": ModelCase(
+        pyrocell.CellAssign,
+        small_data,
+        COVARIATES | {"size_factor_key": "size_factor"},
+        {"cell_type_markers": markers(), "unassigned": True, "dispersion": "mean", "min_log_fold": 0.5},
+        {"z": (), "mu": (12,), "x": (12,)},
     ),
     "BatchVAE": ModelCase(
         BatchVAE, small_data, {"batch_key": "batch"}, SMALL, {"z": (4,), "rho": (N_GENES,)}
