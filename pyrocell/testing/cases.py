@@ -38,6 +38,8 @@ class ModelCase:
         Documented sites, each with the shape of one cell's value; sites not named are only asked to exist.
     max_epochs
         Length of training in the checks.
+    arguments
+        For a verb, by its name, the arguments without which it cannot be called.
     """
 
     model_class: type[CellModel]
@@ -46,6 +48,7 @@ class ModelCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     sites: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     max_epochs: int = 3
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def data(self) -> Any:
         """Return fresh data, set up."""

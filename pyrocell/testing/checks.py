@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -280,7 +280,7 @@ def _check_every_verb(case: ModelCase) -> None:
     model = case.trained
     obs = model.require_data(None).obs
     groups = next((key for key in obs if 1 < obs[key].astype(str).nunique() < 20), None)
-    arguments: dict[str, dict[str, Any]] = {
+    arguments: dict[str, Mapping[str, Any]] = {
         "posterior": {"site": model.observed_site, "n_samples": 2},
         "differential_expression": {"groupby": groups},
         "differential_accessibility": {"groupby": groups},
@@ -294,7 +294,7 @@ def _check_every_verb(case: ModelCase) -> None:
     for verb, having in capabilities([case.model_class]).items():
         if not having[case.model_class.__name__] or verb in _NO_QUESTIONS:
             continue
-        given = arguments.get(verb, {})
+        given = {**arguments, **case.arguments}.get(verb, {})
         if None in given.values():
             continue  # the data have no groups
         if verb in _GAUSSIAN_ONLY and not has_gaussian_posterior(model):

@@ -165,13 +165,21 @@ CASES = {
         | {"region_factors": False, "kl_weight": 0.1},
         SITES_OF_REGIONS | {"w": (4,)},
     ),
-    "VELOVI": ModelCase(pyrocell.VELOVI, small_kinetics, test_velovi.LAYERS, SMALL, SITES_OF_KINETICS),
+    "VELOVI": ModelCase(
+        pyrocell.VELOVI,
+        small_kinetics,
+        test_velovi.LAYERS,
+        SMALL,
+        SITES_OF_KINETICS,
+        arguments={"get_permutation_scores": {"labels_key": "stage", "n_samples": 2}},
+    ),
     "VELOVI-linear-separate": ModelCase(
         pyrocell.VELOVI,
         small_kinetics,
         test_velovi.LAYERS,
         SMALL | {"linear_decoder": True, "state_coupling": "separate", "time_dependent_transcription": True},
         SITES_OF_KINETICS,
+        arguments={"get_permutation_scores": {"labels_key": "stage", "n_samples": 2}},
     ),
     "Tangram": ModelCase(
         pyrocell.Tangram,
@@ -193,6 +201,8 @@ CASES = {
             "block_size": 50,
         },
         {"mapping": (8,), "weight": (), "scale": (1,)},
+        max_epochs=20,
+        arguments={"project_cell_annotations": {"labels": "label"}},
     ),
     "Tangram-clusters": ModelCase(
         pyrocell.Tangram,
