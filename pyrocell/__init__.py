@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyrocell import data, distributions, errors, infer, models, nn, plotting, report, settings, testing
     from pyrocell.infer import DifferentialOptions, TrainingPlan
-    from pyrocell.models import PEAKVI, SCANVI, SCVI, TOTALVI, CellModel
+    from pyrocell.models import (
+        PEAKVI,
+        SCANVI,
+        SCVI,
+        TOTALVI,
+        CellModel,
+        RNAStereoscope,
+        SpatialStereoscope,
+    )
 
 __version__ = "0.1.0"
 
@@ -21,6 +29,8 @@ _OBJECTS = {
     "SCANVI": "pyrocell.models",
     "TOTALVI": "pyrocell.models",
     "PEAKVI": "pyrocell.models",
+    "RNAStereoscope": "pyrocell.models",
+    "SpatialStereoscope": "pyrocell.models",
     "CellModel": "pyrocell.models",
     "ClassifierOptions": "pyrocell.models",
     "TrainingPlan": "pyrocell.infer",
@@ -45,6 +55,8 @@ __all__ = [  # noqa: RUF022
     "SCANVI",
     "TOTALVI",
     "PEAKVI",
+    "RNAStereoscope",
+    "SpatialStereoscope",
     "CellModel",
     "ClassifierOptions",
     "TrainingPlan",

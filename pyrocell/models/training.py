@@ -49,7 +49,8 @@ class Training(ModelCore):
         ----------
         max_epochs
             Passes over the training cells; by default the class's ``max_epochs_cap`` (400 unless its page says
-            otherwise) for up to 20,000 cells, and fewer in proportion for more.
+            otherwise) for up to 20,000 cells, and fewer in proportion for more; never fewer for a model with parameters
+            of single cells, each of which takes one step a pass.
         lr
             Learning rate; by default the class's ``default_lr`` (1e-3 unless its page says otherwise).
         batch_size
@@ -81,7 +82,7 @@ class Training(ModelCore):
         dataset = self.require_data(None)
         training, validation = self._split(plan, train_size, validation_size)
         n_train = len(training)
-        max_epochs = default_max_epochs(n_train, self.max_epochs_cap) if max_epochs is None else max_epochs
+        max_epochs = self._default_epochs(n_train) if max_epochs is None else max_epochs
         batch_size = self.default_batch_size if batch_size is None else batch_size
         batch_size = n_train if self.full_batch else batch_size
         _check_numbers(max_epochs, batch_size, lr, n_epochs_kl_warmup)
@@ -94,7 +95,7 @@ class Training(ModelCore):
 
         def minibatches(rows: np.ndarray) -> Callable[[np.random.Generator | None], Iterator[Cells]]:
             def one_epoch(rng: np.random.Generator | None) -> Iterator[Cells]:
-                # One minibatch of all cells keeps their order: Pyro then takes parameters of cells as they lie.
+                # One minibatch of all cells needs no shuffling.
                 order = rng if len(rows) > batch_size else None
                 return dataset.minibatches(rows, batch_size, rng=order, device=where, n_total=n_train)
 
@@ -124,6 +125,11 @@ class Training(ModelCore):
             finally:
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
+
+    def _default_epochs(self, n_train: int) -> int:
+        if self.has_local_parameters:  # however many cells there are, each needs as many steps
+            return self.max_epochs_cap
+        return default_max_epochs(n_train, self.max_epochs_cap)
 
     def _stops_early(self, *, asked: bool | None, n_validation: int) -> bool:
         """Return whether to stop early: as asked, or as the class does where there are cells to judge by."""

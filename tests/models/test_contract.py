@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
@@ -41,6 +42,14 @@ def small_regions():
     adata.var_names = [f"chr1:{1000 * j}-{1000 * j + 500}" for j in range(N_GENES)]
     adata.obs = small_data().obs.set_axis(adata.obs_names.astype(str))
     return adata
+
+
+def profiles_of_types():
+    """Profiles of three types, as a reference gives them, for the genes of ``small_data``."""
+    generator = np.random.default_rng(0)
+    genes = list(small_data().var_names)
+    profiles = pd.DataFrame(generator.lognormal(0, 1, (3, N_GENES)), list("ABC"), genes)
+    return {"profiles": profiles, "logits": pd.Series(generator.normal(0, 0.5, N_GENES), genes)}
 
 
 def partly_labelled():
@@ -129,6 +138,19 @@ CASES = {
         | {"latent_distribution": "ln", "encode_covariates": True, "model_depth": False}
         | {"region_factors": False, "kl_weight": 0.1},
         SITES_OF_REGIONS | {"w": (4,)},
+    ),
+    "RNAStereoscope": ModelCase(
+        pyrocell.RNAStereoscope,
+        small_data,
+        {"labels_key": "label"},
+        sites={"rho": (N_GENES,), "mu": (N_GENES,), "x": (N_GENES,)},
+    ),
+    "SpatialStereoscope": ModelCase(
+        pyrocell.SpatialStereoscope,
+        small_data,
+        options=profiles_of_types(),
+        sites={"log_abundance": (4,), "abundance": (3,), "proportions": (3,)}
+        | dict.fromkeys(["mu", "x"], (N_GENES,)),
     ),
     "SCANVI": ModelCase(
         pyrocell.SCANVI, partly_labelled, LABELS | {"batch_key": "batch"}, SMALL, LABEL_SITES
