@@ -178,7 +178,8 @@ def test_a_floor_imports_only_floors_below(path):
 
 
 # SCANVI is SCVI with labels: it starts from a fitted one and answers all of its questions.
-MODELS_ON_MODELS = {("scanvi", "scvi")}
+# Stereoscope has two stages: the second takes a fitted first one.
+MODELS_ON_MODELS = {("scanvi", "scvi"), ("spatial_stereoscope", "rna_stereoscope")}
 
 
 def test_a_model_imports_no_other_model():

@@ -15,6 +15,8 @@ import pyrocell
 
 
 def _set_up(name: str, adata: anndata.AnnData) -> Any:
+    if name == "SpatialStereoscope":
+        return _spots(adata)
     model_class = getattr(pyrocell, name)
     arguments: dict[str, Any] = {"batch_key": "batch"}
     if name == "VELOVI":
@@ -25,8 +27,18 @@ def _set_up(name: str, adata: anndata.AnnData) -> Any:
         arguments |= {"protein_expression_obsm_key": "protein_expression"}
     if name == "CellAssign":
         arguments |= {"size_factor_key": "size"}
+    if name == "RNAStereoscope":
+        arguments = {"labels_key": "group"}
     model_class.setup_anndata(adata, **arguments)
     return model_class(adata, *marker_table(name, adata), **SIZES.get(name, {}))
+
+
+def _spots(adata: anndata.AnnData) -> Any:
+    """Take the cells for spots, after one epoch of the first stage."""
+    reference = _set_up("RNAStereoscope", adata.copy())
+    reference.train(1)
+    pyrocell.SpatialStereoscope.setup_anndata(adata)
+    return pyrocell.SpatialStereoscope.from_rna_model(adata, reference)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "CELLS",
     "NO_WARMUP",
     "AtMean",
+    "CellPlate",
     "OnDevice",
     "Record",
     "Site",
@@ -49,6 +50,33 @@ def kl_weighted(weight: float) -> Any:
 
 CELLS = "cells"
 """Name of the plate of cells, the same in every model and guide."""
+
+
+class CellPlate(pyro.plate):
+    """Plate of cells in which parameters of single cells always follow the rows of the minibatch.
+
+    Pyro takes such parameters as they lie when a minibatch holds all cells, also if these come in another order.
+
+    Parameters
+    ----------
+    n_total
+        Number of cells that the minibatch stands for.
+    rows
+        Positions of the minibatch in them, int64, shape (n_cells,).
+    """
+
+    def __init__(self, n_total: int, rows: torch.Tensor) -> None:
+        super().__init__(CELLS, n_total, subsample=rows, dim=-1)
+        self._rows = rows
+
+    def _postprocess_message(self, msg: Any) -> None:
+        super()._postprocess_message(msg)
+        if self.subsample_size < self.size or msg["type"] not in ("param", "subsample"):
+            return
+        value, event_dim = msg["value"], msg["kwargs"].get("event_dim")
+        if event_dim is None or value.dim() <= event_dim or value.shape[-1 - event_dim] == 1:
+            return
+        msg["value"] = value.index_select(-1 - event_dim, self._rows.to(value.device))
 
 
 def is_local(site: Site) -> bool:

@@ -6,9 +6,11 @@ from pyrocell.models.base import CellModel
 from pyrocell.models.cellassign import CellAssign
 from pyrocell.models.labels import ClassifierOptions
 from pyrocell.models.peakvi import PEAKVI
+from pyrocell.models.rna_stereoscope import RNAStereoscope
 from pyrocell.models.scanvi import SCANVI
 from pyrocell.models.scbasset import SCBASSET
 from pyrocell.models.scvi import SCVI
+from pyrocell.models.spatial_stereoscope import SpatialStereoscope
 from pyrocell.models.tangram import Tangram
 from pyrocell.models.terms import TangramWeights
 from pyrocell.models.totalvi import TOTALVI
@@ -24,6 +26,8 @@ __all__ = [
     "CellAssign",
     "CellModel",
     "ClassifierOptions",
+    "RNAStereoscope",
+    "SpatialStereoscope",
     "Tangram",
     "TangramWeights",
 ]

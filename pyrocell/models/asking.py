@@ -98,9 +98,7 @@ class Question:
 
     def block_size(self, n_samples: int) -> int:
         """Return the number of cells to work on at once."""
-        size = self.batch_size or max(_SMALLEST_BLOCK, _BLOCK_NUMBERS // (n_samples * self._n_wide))
-        # Pyro takes parameters of single cells as they lie when a block holds all cells, in whatever order.
-        return max(1, min(size, self.dataset.n_cells - 1)) if self.model.has_local_parameters else size
+        return self.batch_size or max(_SMALLEST_BLOCK, _BLOCK_NUMBERS // (n_samples * self._n_wide))
 
     def blocks(self, size: int | None = None) -> Iterator[tuple[slice, Cells]]:
         """Yield the cells in blocks, each with its place in the result."""

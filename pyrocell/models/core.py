@@ -12,14 +12,14 @@ import pandas as pd
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 from pyrocell.data import Cells, Dataset, Schema, prototype_cells, read_setup, setup_of
 from pyrocell.errors import DataError, NotTrainedError, QueryError, SetupError
 from pyrocell.infer.draws import Drawer
-from pyrocell.infer.effects import CELLS, OnDevice, is_latent, is_local
+from pyrocell.infer.effects import CellPlate, OnDevice, is_latent, is_local
 from pyrocell.infer.elbo import Elbo
 from pyrocell.infer.landmarks import Landmarks
 from pyrocell.infer.plan import TrainingPlan
@@ -72,6 +72,8 @@ class ModelCore(metaclass=ModelMeta):
     feature_field: ClassVar[str] = "counts"
     library_site: ClassVar[str | None] = None
     max_plate_nesting: ClassVar[int] = 1
+    automatic_guide: ClassVar[type[AutoGuide]] = AutoNormal
+    """Kind of the guide of a class that writes none; `AutoDelta` for point estimates."""
     full_batch: ClassVar[bool] = False
     """Whether the loss couples all cells, so that every step needs all of them."""
     cell_parameters: tuple[str, ...] = ()
@@ -160,7 +162,7 @@ class ModelCore(metaclass=ModelMeta):
 
     def plate(self, cells: Cells) -> pyro.plate:
         """Return the plate of cells: the minibatch stands for all ``cells.n_total`` of them."""
-        return pyro.plate(CELLS, cells.n_total, subsample=cells.rows, dim=-1)
+        return CellPlate(cells.n_total, cells.rows)
 
     def finish(self) -> None:
         """Complete the construction: an automatic guide if there is none, and one checked run of both programs."""
@@ -169,7 +171,7 @@ class ModelCore(metaclass=ModelMeta):
         self.has_local_parameters = bool(self.cell_parameters)
         self.module.eval()
         if not hasattr(type(self), "guide") and self._has_latents(cells):
-            self.module.autoguide = AutoNormal(self._program(self.model), create_plates=self.plate)
+            self.module.autoguide = self.automatic_guide(self._program(self.model), create_plates=self.plate)
             trace = poutine.trace(self.module.autoguide).get_trace(cells)
             sites = trace.nodes.values()
             self.has_local_parameters |= any(is_latent(site) and is_local(site) for site in sites)

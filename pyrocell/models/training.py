@@ -53,7 +53,8 @@ class Training(ModelCore):
         ----------
         max_epochs
             Passes over the training cells; by default the class's ``max_epochs_cap`` (400 unless its page says
-            otherwise) for up to 20,000 cells, and fewer in proportion for more.
+            otherwise) for up to 20,000 cells, and fewer in proportion for more; never fewer for a model with parameters
+            of single cells, each of which takes one step a pass.
         lr
             Learning rate; by default the class's ``default_lr`` (1e-3 unless its page says otherwise).
         batch_size
@@ -125,8 +126,12 @@ class Training(ModelCore):
                 self._after_training(trainer.history())
 
     def _default_epochs(self, n_train: int) -> int:
-        """Return the length of training; an epoch of all cells at once is one step, however many there are."""
-        return self.max_epochs_cap if self.full_batch else default_max_epochs(n_train, self.max_epochs_cap)
+        """Return the length of training: as many steps for each parameter, however many cells there are."""
+        if (
+            self.full_batch or self.has_local_parameters
+        ):  # one step an epoch: of all, or of those of each cell
+            return self.max_epochs_cap
+        return default_max_epochs(n_train, self.max_epochs_cap)
 
     def _refuse_parts(
         self,
@@ -210,7 +215,7 @@ def _minibatches_of(
 
     def minibatches(rows: np.ndarray) -> Minibatches:
         def one_epoch(rng: np.random.Generator | None) -> Iterator[Population]:
-            # One minibatch of all cells keeps their order: Pyro then takes parameters of cells as they lie.
+            # One minibatch of all cells needs no shuffling.
             order = rng if len(rows) > batch_size else None
             if resident is not None:
                 return resident.minibatches(rows, batch_size, rng=order, n_total=n_total)

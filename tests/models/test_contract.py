@@ -67,6 +67,14 @@ def markers(n_markers=12):
     return pd.DataFrame(is_marker, index=small_data().var_names[:n_markers])
 
 
+def profiles_of_types():
+    """Profiles of three types, as a reference gives them, for the genes of ``small_data``."""
+    generator = np.random.default_rng(0)
+    genes = list(small_data().var_names)
+    profiles = pd.DataFrame(generator.lognormal(0, 1, (3, N_GENES)), list("ABC"), genes)
+    return {"profiles": profiles, "logits": pd.Series(generator.normal(0, 0.5, N_GENES), genes)}
+
+
 def partly_labelled():
     """Two of three cells without a label."""
     adata = small_data()
@@ -220,6 +228,19 @@ CASES = {
         {"batch_key": "batch"},
         SMALL_TOWER | {"n_bottleneck_layer": 4, "l2_reg_cell_embedding": 1e-3},
         SITES_OF_PEAKS,
+    ),
+    "RNAStereoscope": ModelCase(
+        pyrocell.RNAStereoscope,
+        small_data,
+        {"labels_key": "label"},
+        sites={"rho": (N_GENES,), "mu": (N_GENES,), "x": (N_GENES,)},
+    ),
+    "SpatialStereoscope": ModelCase(
+        pyrocell.SpatialStereoscope,
+        small_data,
+        options=profiles_of_types(),
+        sites={"log_abundance": (4,), "abundance": (3,), "proportions": (3,)}
+        | dict.fromkeys(["mu", "x"], (N_GENES,)),
     ),
     "SCANVI": ModelCase(
         pyrocell.SCANVI, partly_labelled, LABELS | {"batch_key": "batch"}, SMALL, LABEL_SITES
