@@ -127,8 +127,7 @@ class ModelCore(metaclass=ModelMeta):
         self.landmarks: Landmarks | None = None  # of the reference, where they are known
         self.train_indices = self.validation_indices = np.array([], dtype=np.int64)
         if adata is not None:
-            known: Schema | None = self.data
-            if known is None:
+            if not self.data:
                 setup = read_setup(adata, type(self).__name__)
                 self.data = Schema.freeze(adata, self.fields, setup, features=features)
             self.attach(adata, check=False)  # whoever made the schema has checked every value
