@@ -183,7 +183,7 @@ def _set_up(model_class: Any, adata: AnnData, args: argparse.Namespace) -> None:
     unknown = [f"--{name.replace('_', '-')}" for name in given if name not in known]
     if unknown:
         raise SetupError(f"{args.model} has no use for {list_some(unknown)}. Leave it out.")
-    given |= _assignments(args.setup, known, f"setup_anndata of {args.model}")
+    given |= _assignments(args.setup, known, f"setup_anndata of {args.model}", "--setup")
     missing = [n for n, p in known.items() if p.default is p.empty and n not in given and n != "adata"]
     if missing:
         raise SetupError(
@@ -194,17 +194,19 @@ def _set_up(model_class: Any, adata: AnnData, args: argparse.Namespace) -> None:
 
 def _options(model_class: Any, assignments: Sequence[str]) -> dict[str, Any]:
     """Parse NAME=VALUE options of the constructor."""
-    return _assignments(assignments, inspect.signature(model_class.__init__).parameters, "the model")
+    return _assignments(assignments, inspect.signature(model_class.__init__).parameters, "the model", "--set")
 
 
-def _assignments(assignments: Sequence[str], parameters: Iterable[str], of: str) -> dict[str, Any]:
+def _assignments(
+    assignments: Sequence[str], parameters: Iterable[str], of: str, option: str
+) -> dict[str, Any]:
     """Parse NAME=VALUE pairs, the names being among those of a function."""
     known = [name for name in parameters if name not in ("self", "adata")]
     options: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise SetupError(f"{assignment} has no value. Write NAME=VALUE.")
+            raise SetupError(f"{option} {assignment} has no value. Write {option} NAME=VALUE.")
         if name not in known:
             raise SetupError(f"{of} has no option {name!r}. It has {list_some(known, limit=40)}.")
         try:

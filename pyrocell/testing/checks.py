@@ -264,16 +264,8 @@ def _check_verbs(case: ModelCase) -> None:
         )
 
 
-# What has a check of its own, or changes the model.
-_NO_QUESTIONS = {
-    "setup_anndata",
-    "setup_mudata",
-    "train",
-    "save",
-    "load",
-    "load_query_data",
-    "from_scvi_model",
-}
+# What has a check of its own, or changes the model; class methods make one.
+_NO_QUESTIONS = {"setup_anndata", "setup_mudata", "train", "save"}
 
 
 def _check_every_verb(case: ModelCase) -> None:
@@ -292,7 +284,8 @@ def _check_every_verb(case: ModelCase) -> None:
         "get_mutation_effects": {"region": str(model.require_data(None).obs_names[0])},
     }
     for verb, having in capabilities([case.model_class]).items():
-        if not having[case.model_class.__name__] or verb in _NO_QUESTIONS:
+        makes_a_model = getattr(getattr(model, verb, None), "__self__", None) is case.model_class
+        if not having[case.model_class.__name__] or verb in _NO_QUESTIONS or makes_a_model:
             continue
         given = {**arguments, **case.arguments}.get(verb, {})
         if None in given.values():

@@ -43,7 +43,7 @@ def test_the_table_follows_the_declared_roles():
         for verb, present in verbs(model_class).items():
             assert TABLE[verb][model_class.__name__] is present
     without = {name for name, has in TABLE["get_latent_representation"].items() if not has}
-    assert without == {"NoLatent", "Tangram", "CellAssign"}
+    assert without == {"NoLatent", "Tangram", "CellAssign", "RNAStereoscope", "SpatialStereoscope"}
     assert not TABLE["load_query_data"]["PoissonFactors"], "a model without a guide of its own cannot map"
 
 
