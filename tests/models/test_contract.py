@@ -241,6 +241,7 @@ CASES = {
         options=profiles_of_types(),
         sites={"log_abundance": (4,), "abundance": (3,), "proportions": (3,)}
         | dict.fromkeys(["mu", "x"], (N_GENES,)),
+        arguments={"get_scale_for_ct": {"y": "A"}},
     ),
     "SCANVI": ModelCase(
         pyrocell.SCANVI, partly_labelled, LABELS | {"batch_key": "batch"}, SMALL, LABEL_SITES
