@@ -156,6 +156,7 @@ CASES = {
             "block_size": 50,
         },
         {"mapping": (8,), "weight": (), "scale": (1,)},
+        max_epochs=60,  # the filter takes some steps before it decides
     ),
     "Tangram-clusters": ModelCase(
         pyrocell.Tangram,
