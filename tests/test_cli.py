@@ -203,10 +203,12 @@ def test_mistakes_are_told_in_a_paragraph(data, tmp_path, capsys, words, expecte
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_models_without_a_latent_space_are_not_offered(data, tmp_path, capsys):
-    assert main(["fit", str(data), "--model", "CellAssign", "--out", str(tmp_path)]) == 2
+@pytest.mark.parametrize("name", ["CellAssign", "SCBASSET", "Tangram"])
+def test_models_that_lack_what_the_command_asks_are_told_so(data, tmp_path, capsys, name):
+    assert main(["fit", str(data), "--model", name, "--out", str(tmp_path)]) == 2
     text = complaint(capsys)
-    assert "no model 'CellAssign'" in text and "'SCVI'" in text and "'CellModel'" not in text
+    assert f"cannot fit {name}, which has no" in text and "use it in Python" in text and "'SCVI'" in text
+    assert "'CellModel'" not in text
 
 
 def test_errors_of_the_library_are_wrapped(data, tmp_path, capsys):

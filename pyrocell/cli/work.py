@@ -27,6 +27,7 @@ LATENT = "X_pyrocell"
 # A predictive check of more cells takes longer and tells no more.
 _MOST_CELLS_CHECKED = 2000
 _VALIDATE_EVERY = 5
+_ASKED = ("get_latent_representation", "differential_expression", "posterior_predictive_check")
 
 
 def run_command(args: argparse.Namespace, models: Mapping[str, Any] | None) -> None:
@@ -86,21 +87,24 @@ def _prepare_folder(out: Path, *, overwrite: bool) -> Path:
 
 
 def _find_model(name: str, models: Mapping[str, Any] | None) -> Any:
-    """Find a model class by name, of those with a latent space to show."""
+    """Find a model class by name, of those that have what the command asks."""
     if models is None:
         import pyrocell
 
-        base = pyrocell.CellModel  # which declares no latent itself
         public = {key: getattr(pyrocell, key) for key in pyrocell.__all__}
         models = {
-            key: value
-            for key, value in public.items()
-            if isinstance(value, type)
-            and issubclass(value, base)
-            and hasattr(value, "get_latent_representation")
+            k: v for k, v in public.items() if isinstance(v, type) and issubclass(v, pyrocell.CellModel)
         }
+        del models["CellModel"]
+    fit = {key: value for key, value in models.items() if all(hasattr(value, verb) for verb in _ASKED)}
+    if name in models and name not in fit:
+        lacking = [verb for verb in _ASKED if not hasattr(models[name], verb)]
+        raise SetupError(
+            f"this command cannot fit {name}, which has no {list_some(lacking)}: use it in Python. Models for the "
+            f"command are: {list_some(fit, limit=40)}."
+        )
     if name not in models:
-        raise SetupError(f"there is no model {name!r}. Models are: {list_some(models, limit=40)}.")
+        raise SetupError(f"there is no model {name!r}. Models are: {list_some(fit, limit=40)}.")
     return models[name]
 
 

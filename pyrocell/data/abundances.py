@@ -75,6 +75,13 @@ class Abundances(Counts):
         record = {"given": True, "names": names, "cells": cells}
         return Frozen(record | {"low": low.tolist(), "range": (high - low).tolist()})
 
+    def over(self, record: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+        """Return a record of the field over some of its features."""
+        at = [record["names"].index(name) for name in names]
+        spans = {key: [record[key][i] for i in at] for key in ("low", "range")}
+        cells = {self.name: tensor_like("float32", len(names), fill=0.5)}
+        return {**record, "names": names, "cells": cells, **spans}
+
     def open(self, slots: Slots, setup: Setup, record: Mapping[str, Any]) -> Reader:
         """Align the genes by name; more genes than recorded are ignored."""
         matrix = self._aligned(slots, setup, record)

@@ -10,11 +10,11 @@ import pandas as pd
 from pyrocell.data.preflight import check_names
 from pyrocell.errors import DataError, SetupError, list_some
 
-__all__ = ["Density", "shared_genes", "spot_density", "spot_values"]
+__all__ = ["FEWEST_GENES", "Density", "shared_genes", "spot_density", "spot_values"]
 
 Density = str | Sequence[float] | np.ndarray | pd.Series
 
-_FEWEST_GENES = 10
+FEWEST_GENES = 10
 _TOLERANCE = 1e-3
 
 
@@ -54,7 +54,7 @@ def shared_genes(spots: object, measured: Sequence[str], wanted: Sequence[str] |
                     f"{list_some(missing)}. Leave them out of genes=."
                 )
     shared = [name for name in measured if name in there and (wanted is None or name in set(wanted))]
-    if len(shared) < _FEWEST_GENES:
+    if len(shared) < FEWEST_GENES:
         raise DataError(_too_few(len(shared), measured, there, chosen=wanted is not None))
     return shared
 
@@ -66,7 +66,7 @@ def _too_few(n_shared: int, measured: Sequence[str], there: set[str], *, chosen:
     hint = f" Without regard to case {alike} would be: write them alike." if alike > n_shared else ""
     return (
         f"{n_shared} {whose} the single cells ({len(measured)} genes, such as {list_some(measured, 3)}) and the spots "
-        f"({len(there)} genes, such as {list_some(sorted(there), 3)}); expected at least {_FEWEST_GENES}, better 100 "
+        f"({len(there)} genes, such as {list_some(sorted(there), 3)}); expected at least {FEWEST_GENES}, better 100 "
         f"and more.{hint} Give both the same kind of gene names (symbols or Ensembl)."
     )
 
@@ -134,7 +134,8 @@ def spot_density(density: Density, spots: pd.DataFrame) -> np.ndarray:
             raise SetupError(
                 f"density is {density!r}; expected 'rna_count_based', 'uniform', None, or a share for each spot."
             )
-        totals = np.ones(n_spots) if density == "uniform" else spots.to_numpy(dtype=np.float64).sum(1)
+        everything = [str(name) for name in spots.columns]
+        totals = np.ones(n_spots) if density == "uniform" else spot_values(spots, everything).sum(1)
         density = totals / totals.sum()
     if isinstance(density, pd.Series):
         if missing := [name for name in names if name not in density.index]:

@@ -127,7 +127,8 @@ def _steady_state(spliced: np.ndarray, unspliced: np.ndarray) -> tuple[np.ndarra
     chosen = (rank <= low) | (rank >= high)
     gamma = (chosen * spliced * unspliced).sum(0) / _or_one((chosen * spliced**2).sum(0))
     left = ((unspliced - gamma * spliced) ** 2).sum(0)
-    return gamma, 1 - left / _or_one(((unspliced - unspliced.mean(0)) ** 2).sum(0))
+    total = ((unspliced - unspliced.mean(0)) ** 2).sum(0)
+    return gamma, np.where(total > 0, 1 - left / _or_one(total), 0.0)
 
 
 def _or_one(values: np.ndarray) -> np.ndarray:

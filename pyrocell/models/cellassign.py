@@ -112,8 +112,9 @@ class CellAssign(CellModel):
     default_batch_size = 2048
     default_early_stopping = True
     # Steps shrink before the end: minibatches of few cells would leave their noise in the estimates.
+    # Patience is long, since an epoch of fewer cells than a minibatch is one step.
     default_plan = TrainingPlan(
-        eps=1e-8, weight_decay=0.0, patience=25, lr_plateau=True, lr_factor=0.3, lr_patience=10
+        eps=1e-8, weight_decay=0.0, patience=100, lr_plateau=True, lr_factor=0.3, lr_patience=50
     )
 
     fold: Any  # read as tensors, assigned as PyroParam

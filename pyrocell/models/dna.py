@@ -23,7 +23,8 @@ __all__ = ["DnaQueries"]
 class DnaQueries(Queries):
     """Mix-in of models whose rows are regions with DNA, and whose columns are cells.
 
-    The model has ``tower``, which embeds DNA, ``cell_bias``, ``_embeddings`` and ``_logits``.
+    The model has ``tower``, which embeds DNA, ``cell_bias``, ``own_batch``, ``_embeddings``, ``_responses`` and
+    ``_logits``.
     """
 
     def get_latent_representation(  # type: ignore[override]
@@ -134,7 +135,8 @@ class DnaQueries(Queries):
     ) -> pd.DataFrame:
         """Say how much a motif opens chromatin in each cell.
 
-        The motif is put into the middle of background sequences. The score of a cell is the mean change of its logit.
+        The motif is put into the middle of background sequences. The score of a cell is the mean change of its logit,
+        in its own batch.
 
         Parameters
         ----------
@@ -177,7 +179,7 @@ class DnaQueries(Queries):
         sites_rng = rng if sample_sites else None
         with self.asking():
             effects = motif_effects(self, known, sequences, rng=sites_rng, both_strands=both_strands)
-            scores = (self._embeddings() @ effects.T).cpu().numpy()
+            scores = (self._responses(self.own_batch) @ effects.T).cpu().numpy()
         if standardize:
             spread = scores.std(0)
             scores = (scores - scores.mean(0)) / np.where(spread > 0, spread, 1)
@@ -213,5 +215,5 @@ class DnaQueries(Queries):
         cells = chosen_cells(indices, self.data.size("accessibility"))
         with self.asking():
             sequence = dataset.cells(np.array([row])).dna[0].numpy()
-            effects = mutation_effects(self, sequence, self._embeddings()[cells].mean(0))
+            effects = mutation_effects(self, sequence, self._responses(self.own_batch)[cells].mean(0))
         return pd.DataFrame(effects, columns=list("ACGT"))

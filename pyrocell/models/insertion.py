@@ -171,5 +171,7 @@ def _with_motif(sequences: np.ndarray, motif: np.ndarray, rng: np.random.Generat
         drawn = rng.random((len(sequences), len(motif), 1))
         site = (drawn > motif.cumsum(1)[:, :3]).sum(-1)
     changed = sequences.copy()
-    changed[:, start : start + len(motif)] = site
+    window = changed[:, start : start + len(motif)]
+    # Of the likeliest site, a place at which the motif prefers nothing keeps the base of the background.
+    window[:] = site if rng is not None else np.where(motif.max(1) > motif.min(1), site, window)
     return changed

@@ -55,7 +55,14 @@ def checked_markers(markers: object, reserved: str) -> pd.DataFrame:
     if len(without):
         raise SetupError(
             f"cell_type_markers has no marker of the types {list_some(without)}; expected at least one, better three. "
-            "Drop these columns. For cells that are of none of the types, say unassigned=True."
+            "Drop these columns; if genes are the columns of your table, give its .T. For cells that are of none of "
+            "the types, say unassigned=True."
+        )
+    twins = table.columns[table.T.duplicated(keep=False)]
+    if len(twins):
+        raise SetupError(
+            f"cell_type_markers gives the types {list_some(twins)} the same markers, so that nothing tells them apart. "
+            "Give each a marker of its own, or join them in one column."
         )
     return table
 

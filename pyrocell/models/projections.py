@@ -12,7 +12,7 @@ import torch
 from pyrocell.data import Cells, Dataset
 from pyrocell.data.preflight import category_levels
 from pyrocell.data.slots import what_there_is
-from pyrocell.errors import QueryError
+from pyrocell.errors import QueryError, list_some
 from pyrocell.models.asking import Question, chosen_features
 from pyrocell.models.queries import Queries
 from pyrocell.models.roles import needs
@@ -113,14 +113,7 @@ class Projections(Queries):
             raise QueryError(
                 f"labels={key!r}: adata.obs has no such column.{what_there_is(key, dataset.obs)}"
             )
-        if len(values) != dataset.n_cells:
-            raise QueryError(
-                f"labels has {len(values)} entries; expected one for each of {dataset.n_cells} cells."
-            )
-        column = pd.Series(list(values), index=dataset.obs_names)
-        if isinstance(values, pd.Series) and set(values.index) == set(dataset.obs_names):
-            column = values.loc[dataset.obs_names]
-        return category_levels(column, where)
+        return category_levels(_label_of_each_cell(values, dataset.obs_names), where)
 
     def _projected(
         self, dataset: Dataset, values: Callable[[Cells], torch.Tensor], n_values: int, *, scaled: bool
@@ -138,3 +131,19 @@ class Projections(Queries):
                     brought = brought * trace[site].value[0].reshape(len(cells), 1)
                 total.addmm_(trace[str(self.mapping_site)].value[0].T, brought)
         return total.cpu().numpy()
+
+
+def _label_of_each_cell(values: Sequence[object] | pd.Series, cell_names: pd.Index) -> pd.Series:
+    """Return labels in the order of the cells: a Series goes by the names of the cells, all else by position."""
+    if isinstance(values, pd.Series) and not isinstance(values.index, pd.RangeIndex):
+        if missing := set(cell_names) - set(values.index):
+            raise QueryError(
+                f"labels lacks {len(missing)} of {len(cell_names)} cells by name: {list_some(sorted(missing))}. Give a "
+                "label for each cell, or labels.to_numpy() if they are in the order of the cells."
+            )
+        return values.loc[cell_names]
+    if len(values) != len(cell_names):
+        raise QueryError(
+            f"labels has {len(values)} entries; expected one for each of {len(cell_names)} cells."
+        )
+    return pd.Series(np.asarray(values, dtype=object), index=cell_names)

@@ -160,6 +160,11 @@ class SCBASSET(DnaQueries, CellModel):  # type: ignore[misc]  # verbs over cells
             lazy_deterministic("accessibility", logits.sigmoid, event_dim=1)
             pyro.sample("x", ScaledBernoulli(logits).to_event(1), obs=peaks.accessibility)
 
+    def _responses(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return what the log odds of a cell answer with, its embedding and its batch's, shape (n_cells, L)."""
+        embeddings = self._embeddings()
+        return embeddings if self.batch_embedding is None else embeddings + self.batch_embedding[batch]
+
     def _embeddings(self) -> torch.Tensor:
         """Return v: of mean zero in each batch, for what the cells of a batch share is the batch's."""
         if self.batch_embedding is None:
@@ -170,8 +175,6 @@ class SCBASSET(DnaQueries, CellModel):  # type: ignore[misc]  # verbs over cells
 
     def _logits(self, embedding: torch.Tensor, batch: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Return log odds of peaks in cells, in float32 also where the tower is asked for less."""
-        responses = self._embeddings()
-        if self.batch_embedding is not None:
-            responses = responses + self.batch_embedding[batch]
+        responses = self._responses(batch)
         with torch.autocast(embedding.device.type, enabled=False):
             return torch.addmm(bias, embedding.float(), responses.T)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pyrocell import settings
 from pyrocell.data import Category, Cells, Counts, Dataset
-from pyrocell.data.spots import Density, shared_genes, spot_density, spot_values
-from pyrocell.errors import SetupError
+from pyrocell.data.spots import FEWEST_GENES, Density, shared_genes, spot_density, spot_values
+from pyrocell.errors import DataError, SetupError
 from pyrocell.infer.effects import lazy_deterministic
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.models.base import CellModel
@@ -63,7 +63,8 @@ class Tangram(CellModel):
     normalize_cells
         Whether a cell's counts are scaled to the mean total count over the shared genes, so that cells count alike.
     scale_clusters
-        Whether a label brings the sum of its cells, not their mean.
+        Whether a label brings the sum of its cells, not their mean. The mean is over the cells of the model, also where
+        other cells are projected afterwards.
     weights
         Weights of the terms, a `TangramWeights`.
     block_size
@@ -192,8 +193,8 @@ class Tangram(CellModel):
         if self.mode == "clusters":
             sizes = self.label_sizes if self.scale_clusters else torch.ones_like(self.label_sizes)
             return hand_out(self.mapping_logits, self.label_means, weights=sizes)
-        rows = None if _is_in_order(cells.rows, len(self.mapping_logits)) else cells.rows
         scale = self._scale(cells) if self.normalize_cells else None
+        rows = None if _is_in_order(cells.rows, len(self.mapping_logits)) else cells.rows
         return hand_out(
             self.mapping_logits, cells.counts, weights=self._weights(cells), scale=scale, rows=rows
         )
@@ -237,6 +238,11 @@ class Tangram(CellModel):
         in_cells = np.sum([cells.counts.sum(0).numpy() for cells in blocks], axis=0) > 0
         seen = in_cells & (spot_values(spatial, shared).sum(0) > 0)
         genes = [name for name, is_seen in zip(shared, seen, strict=True) if is_seen]
+        if len(genes) < FEWEST_GENES:
+            raise DataError(
+                f"Of {len(shared)} shared genes {len(genes)} are seen on both sides, in some cell and in some spot; "
+                f"expected at least {FEWEST_GENES}. Give genes that are expressed."
+            )
         self.restrict_features("counts", genes)
         settings.logger.info(
             "%d genes are shared, %d of them are seen on both sides", len(shared), len(genes)
@@ -256,8 +262,8 @@ class Tangram(CellModel):
 
 
 def _is_in_order(rows: Tensor, n_rows: int) -> bool:
-    """Whether these are all rows as they lie: then none needs to be looked up."""
-    return len(rows) == n_rows and torch.equal(rows, torch.arange(n_rows, device=rows.device))
+    """Whether these are all rows as they lie, so that none needs to be looked up; not asked where it means a wait."""
+    return rows.device.type == "cpu" and len(rows) == n_rows and torch.equal(rows, torch.arange(n_rows))
 
 
 def _check_options(

@@ -235,7 +235,9 @@ class Velocities(Queries):
         data.layers["fit_t"] = self.get_latent_time(data, **options)
         rates, question = self.get_rates(), Question(self, data, None)
         (low_s, span_s), (low_u, span_u) = (self._scale_of(m, question) for m in ("spliced", "unspliced"))
-        data.var["fit_alpha"], data.var["fit_beta"] = rates["alpha"].to_numpy() * span_s, rates["beta"]
+        data.var["fit_alpha"] = rates["alpha"].to_numpy() * span_s
+        # scvelo multiplies fit_beta by fit_scaling before it solves the equations.
+        data.var["fit_beta"] = rates["beta"].to_numpy() * span_s / span_u
         data.var["fit_gamma"], data.var["fit_t_"] = rates["gamma"], rates["switch_time"]
         data.var["fit_scaling"] = span_u / span_s
         data.var["fit_u0"], data.var["fit_s0"] = low_u, low_s

@@ -159,7 +159,8 @@ class VELOVI(CellModel):
         self.kappa_raw = nn.Parameter(-torch.ones(n_genes)) if time_dependent_transcription else None
         self.beta_raw = nn.Parameter(torch.full((n_genes,), 0.5))
         self.gamma_raw = nn.Parameter(-torch.ones(n_genes))
-        self.switch_raw = nn.Parameter((7 + 0.5 * torch.randn(n_genes)) * t_max / 20)
+        start = (7 + 0.5 * torch.randn(n_genes)).clamp_min(1.0) * t_max / 20
+        self.switch_raw = nn.Parameter(_inverse_softplus(start))
         self.sd_raw = nn.Parameter(-torch.ones(2, n_genes))
         self.state_prior = torch.full((4,), state_concentration)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import anndata
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 
-from pyrocell.data import filter_velocity_genes, smooth_velocity_layers
+from pyrocell.data import Dataset, filter_velocity_genes, smooth_velocity_layers
+from pyrocell.data.abundances import Abundances
 from pyrocell.errors import DataError, SetupError
+from tests.data.helpers import freeze
 
 
 @pytest.fixture
@@ -92,3 +95,14 @@ def test_no_gene_that_passes(adata):
     adata.layers["Ms"] = adata.layers["Mu"] = np.ones((50, 6))
     with pytest.raises(DataError, match=r"No gene .* min_r2=0.01"):
         filter_velocity_genes(adata)
+
+
+def test_some_genes_are_read_on_their_own_scale(adata):
+    smooth_velocity_layers(adata)
+    fields = {"spliced": Abundances().renamed("spliced")}
+    schema = freeze(adata, fields, spliced_layer="Ms")
+    cells = [
+        Dataset(adata, s, fields).cells(np.arange(9)).spliced
+        for s in (schema, schema.over(fields["spliced"], ["gene4", "gene1"]))
+    ]
+    torch.testing.assert_close(cells[1], cells[0][:, [4, 1]])

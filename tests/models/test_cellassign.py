@@ -206,9 +206,19 @@ def test_a_query_with_a_new_batch(fitted):
     query = simulate(1, 300, 3, rate=-3.5)[0]
     query.obs["batch"] = np.where(query.obs["batch"] == "1", "new", "0")
     mapped = CellAssign.load_query_data(query, fitted)
-    mapped.train(5)
+    counts = query.X.toarray()
+    counts[np.asarray(query.obs["batch"] == "new")] *= (
+        2  # also of other genes: only the ratio to the size matters
+    )
+    counts[np.asarray(query.obs["batch"] == "new"), :3] *= 4
+    query.X = sparse.csr_matrix(counts)
+    mapped = CellAssign.load_query_data(query, fitted)
+    mapped.train(200)
     known = query.obs["batch"].to_numpy() == "0"
     np.testing.assert_array_equal(mapped.predict()[known], fitted.predict()[known])
+    effect = mapped.base.linear.table.detach().numpy()
+    shift = effect[-1] - effect[:-1].mean(0)
+    assert shift[:3].min() > shift[3:].max()  # what the new batch has more of
 
 
 @pytest.mark.parametrize(
@@ -245,6 +255,7 @@ def test_untrained_models_predict_nothing():
         ),
         (lambda m: m.rename(index="ENSG{}".format), DataError, r"None of them is there.*symbols, Ensembl"),
         (lambda m: m.assign(F=0), SetupError, r"no marker of the types 'F'.*at least one.*unassigned=True"),
+        (lambda m: m.assign(F=m["A"]), SetupError, r"the types 'A', 'F' the same markers.*join them"),
         (lambda m: m.assign(unassigned=1), SetupError, r"a type 'unassigned', the name of cells of no type"),
         (lambda m: m * 0.5, SetupError, r"has 0\.5; expected a DataFrame"),
         (lambda m: m.where(m > 0), SetupError, r"has .*nan; expected"),

@@ -209,7 +209,7 @@ CASES = {
             "block_size": 50,
         },
         {"mapping": (8,), "weight": (), "scale": (1,)},
-        max_epochs=20,
+        max_epochs=60,  # the filter takes some steps before it decides
         arguments={"project_cell_annotations": {"labels": "label"}},
     ),
     "Tangram-clusters": ModelCase(

@@ -39,7 +39,9 @@ def simulate(seed=0, side=SIDE, n_genes=N_GENES, per_spot=4, n_decoys=0, depth=6
     adata = anndata.AnnData(sparse.csr_matrix(np.vstack([counts, decoys]).astype(np.float32)))
     adata.obs_names = [f"cell{i}" for i in range(len(home) + n_decoys)]
     adata.var_names = [f"gene{g}" for g in range(n_genes)]
-    adata.obs["label"] = [f"part{v % side // 5}{v // side // 5}" for v in home] + ["decoy"] * n_decoys
+    adata.obs["label"] = [f"part{3 * (v % side) // side}{2 * (v // side) // side}" for v in home] + [
+        "decoy"
+    ] * n_decoys
     table = pd.DataFrame(spots.astype(np.float32), columns=adata.var_names).rename("spot{}".format)
     return adata, table, {"home": home, "places": places}
 
@@ -263,10 +265,28 @@ def at(table, spots, value):
         (lambda t: at(t.astype(object), ["spot2"], "many"), "values that are no numbers"),
         (lambda t: t.set_axis(["spot"] * len(t)), "spot names occur more than once"),
         (lambda t: t.set_axis(["gene0"] * t.shape[1], axis=1), "gene names occur more than once"),
+        (
+            lambda t: t.assign(**dict.fromkeys(t.columns[7:], 0.0)),
+            "Of 30 shared genes 7 are seen on both sides",
+        ),
+        (lambda t: t.assign(elsewhere=np.nan), "16 values that are NaN.*gene 'elsewhere'"),
         (lambda t: t.to_numpy(), "spatial is a ndarray; expected a DataFrame"),
         (lambda t: anndata.AnnData(t), r"spatial is a AnnData.*to_df\(\)"),
     ],
-    ids=["few", "case", "empty", "negative", "missing", "text", "spot twice", "gene twice", "array", "adata"],
+    ids=[
+        "few",
+        "case",
+        "empty",
+        "negative",
+        "missing",
+        "text",
+        "spot twice",
+        "gene twice",
+        "unseen",
+        "not shared",
+        "array",
+        "adata",
+    ],
 )
 def test_impossible_spots_are_named(change, said):
     adata, spots = small()
@@ -338,6 +358,9 @@ def test_questions_that_have_no_answer(fitted):
         fitted.project_cell_annotations("labels")
     with pytest.raises(QueryError, match="labels has 3 entries; expected one for each of 48"):
         fitted.project_cell_annotations(["a", "b", "c"])
+    named = pd.Series("a", index=fitted.cell_names).drop("cell7").rename({"cell8": "other"})
+    with pytest.raises(QueryError, match="labels lacks 2 of 48 cells by name: 'cell7', 'cell8'"):
+        fitted.project_cell_annotations(named)
     with pytest.raises(DataError, match="missing"):
         fitted.project_cell_annotations(pd.Series([None] + ["a"] * 47))
 

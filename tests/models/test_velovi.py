@@ -288,11 +288,13 @@ def test_layers_for_scvelo(fitted):
     fitted.add_velocity_layers(adata)
     np.testing.assert_array_equal(adata.layers["velocity"], fitted.get_velocity(return_numpy=True))
     assert {"velocity_u", "fit_t"} <= set(adata.layers)
-    # scvelo's curve: ds/dt = beta u - gamma s, u and s above fit_u0 and fit_s0, u seen times fit_scaling
+    # scvelo's curve: ds/dt = beta u - gamma s with u seen = fit_scaling u + fit_u0 and s seen = s + fit_s0, where
+    # its beta is fit_beta times fit_scaling: that is what its plots draw
     var = adata.var
-    rates = Rates(
-        *(torch.from_numpy(var[f"fit_{n}"].to_numpy(np.float64)) for n in ("alpha", "beta", "gamma"))
+    alpha, beta, gamma, scaling = (
+        torch.from_numpy(var[f"fit_{n}"].to_numpy(np.float64)) for n in ("alpha", "beta", "gamma", "scaling")
     )
+    rates = Rates(alpha, beta * scaling, gamma)
     time = torch.linspace(0.1, 3, 9, dtype=torch.float64)[:, None]
     u, s = (x.numpy() for x in induction(rates, time))
     with torch.no_grad():
@@ -493,7 +495,7 @@ class Swapped(VELOVI):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("defect", "broken"),
-    [(Misaligned, {"time", "cosine", "sign"}), (Swapped, {"sign", "cosine"})],
+    [(Misaligned, {"time", "cosine", "sign"}), (Swapped, {"time", "cosine", "sign"})],
     ids=["guide", "layers"],
 )
 def test_the_recovery_fails_on_a_defect(defect, broken):
