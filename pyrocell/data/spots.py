@@ -88,7 +88,7 @@ def spot_values(spots: pd.DataFrame, genes: Sequence[str]) -> np.ndarray:
     """
     table = spots.set_axis(spots.columns.astype(str), axis=1)[list(genes)]
     try:
-        values: np.ndarray = table.to_numpy(dtype=np.float32)
+        values: np.ndarray = table.to_numpy(dtype=np.float32, copy=True)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"spatial holds values that are no numbers ({error}); expected counts of genes."

@@ -136,7 +136,8 @@ class CellAssign(CellModel):
         self.types = [*markers.columns, UNASSIGNED] if unassigned else list(markers.columns)
         self.min_log_fold, self.dispersion = min_log_fold, dispersion
         counts = MarkerCounts.of(self.dataset, markers)
-        self.is_marker = torch.from_numpy(markers.reindex(columns=self.types, fill_value=False).to_numpy().T)
+        self.is_marker = torch.tensor(markers.reindex(columns=self.types, fill_value=False).to_numpy().T)
+        self.marker_at = self.is_marker.flatten().nonzero()[:, 0]
         n_types, n_genes = self.is_marker.shape
 
         first = min_log_fold + _FIRST_STEP
@@ -170,9 +171,8 @@ class CellAssign(CellModel):
 
     def model(self, cells: Cells) -> None:
         """Generate counts of the markers from a type."""
-        delta = torch.zeros_like(self.is_marker, dtype=self.fold.dtype).masked_scatter(
-            self.is_marker, self.fold
-        )
+        nothing = self.fold.new_zeros(self.is_marker.numel())  # by positions: a mask would make a device wait
+        delta = nothing.index_copy(0, self.marker_at, self.fold).view_as(self.is_marker)
         lazy_deterministic("delta", lambda: delta, event_dim=2)
         pyro.factor("shrinkage", Normal(self.fold_mean, self.fold_sd).log_prob(self.fold.log()).sum())
         with self.plate(cells):
