@@ -68,15 +68,14 @@ class Resident:
 
     def __init__(self, dataset: Dataset, device: torch.device) -> None:
         self.n_cells, self.device = dataset.n_cells, device
-        blocks = [
-            dataset.cells(np.arange(start, min(start + _BLOCK, dataset.n_cells)))
-            for start in range(0, dataset.n_cells, _BLOCK)
-        ]
+        parts: dict[str, list[Any]] = {}
+        for start in range(0, dataset.n_cells, _BLOCK):
+            cells = dataset.cells(np.arange(start, min(start + _BLOCK, dataset.n_cells)))
+            for name in cells.names():  # of a block, its zeros are not kept
+                parts.setdefault(name, []).append(_without_zeros(getattr(cells, name)))
         self._columns: dict[str, _Column | _Shared | _Sparse | None] = {
-            name: _Shared(getattr(blocks[0], name).to(device))
-            if name in dataset.shared
-            else _column([getattr(block, name) for block in blocks], device)
-            for name in blocks[0].names()
+            name: _Shared(blocks[0].to(device)) if name in dataset.shared else _column(blocks, device)
+            for name, blocks in parts.items()
         }
 
     def cells(self, rows: Tensor, *, n_total: int) -> Cells:
@@ -136,10 +135,9 @@ class _Shared:
 class _Sparse:
     """Non-zero values of every cell, row by row."""
 
-    def __init__(self, parts: list[Tensor], device: torch.device) -> None:
-        found = [NonZeros.of(part) for part in parts]
+    def __init__(self, found: list[NonZeros], device: torch.device) -> None:
         lengths = torch.cat([torch.bincount(seen.rows, minlength=seen.n_rows) for seen in found])
-        self.n_columns, self.dtype = parts[0].shape[-1], parts[0].dtype
+        self.n_columns, self.dtype = found[0].n_columns, found[0].values.dtype
         self.starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device)
         # One slot for each entry of the longest row: shapes that do not depend on the cells chosen.
         self.slots = torch.arange(int(lengths.max()), device=device)
@@ -158,13 +156,18 @@ class _Sparse:
         return dense.scatter_add_(1, self.columns[place].long(), self.values[place].to(self.dtype))
 
 
-def _column(parts: list[Tensor | None], device: torch.device) -> _Column | _Sparse | None:
-    if parts[0] is None:
+def _without_zeros(value: Tensor | None) -> Tensor | NonZeros | None:
+    """Return the non-zero values where they are known, else the values."""
+    sparse = getattr(value, "_nonzeros", None) is not None
+    return NonZeros.of(value) if sparse and value is not None else value
+
+
+def _column(blocks: list[Any], device: torch.device) -> _Column | _Sparse | None:
+    if blocks[0] is None:
         return None
-    given: list[Any] = parts
-    if getattr(given[0], "_nonzeros", None) is not None:
-        return _Sparse(given, device)
-    return _Column(torch.cat(given).to(device))
+    return (
+        _Sparse(blocks, device) if isinstance(blocks[0], NonZeros) else _Column(torch.cat(blocks).to(device))
+    )
 
 
 def _compact(values: Tensor) -> Tensor:

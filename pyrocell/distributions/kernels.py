@@ -136,7 +136,8 @@ def _negative_binomial_everywhere(counts: Tensor, parameters: Sequence[Tensor]) 
     log_ratio = torch.where(x > 0, log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), log_ratio)
     log_share, log_rest = functional.logsigmoid(log_ratio), functional.logsigmoid(-log_ratio)
     rising, slope = large_log_rising(x, theta, parameters[0].dtype)
-    value = torch.addcmul(rising - torch.lgamma(x + 1.0), theta, log_rest).addcmul_(x, log_share)
+    value = torch.addcmul(rising - torch.lgamma(x + 1.0), theta, log_rest)
+    value = value.addcmul_(x, torch.where(x > 0, log_share, 0.0))  # a mean of 0 has no finite logarithm
     mean_slope = torch.addcmul(x, log_share.exp_(), x + theta, value=-1.0)
     return [value, mean_slope, (slope + log_rest).mul_(theta).sub_(mean_slope)]
 

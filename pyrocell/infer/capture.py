@@ -77,7 +77,8 @@ class StepGraphs:
         autocast
             Precision of the products, for recording.
         """
-        if not self.works or not hasattr(cells, "home"):
+        # Before a first step was taken there are no averages of gradients, and recording would not fill them.
+        if not self.works or not self.tally.sites or not hasattr(cells, "home"):
             return False
         size = len(cells)
         if size not in self._graphs:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ __all__ = ["TrainingPlan"]
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
-@contextmanager
-def _tfloat32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+class _TFloat32:
+    """Products in TensorFloat-32; to be entered again and again, as the recording of a step does."""
+
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = self.before
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class TrainingPlan:
     lr_plateau, lr_factor, lr_patience, lr_min
         Multiply the learning rate by ``lr_factor`` after ``lr_patience`` epochs without improvement.
     precision
-        ``"float32"``, ``"tfloat32"`` (on CUDA alone) or ``"bfloat16"`` for the networks' matrix products; likelihoods
-        are always float32.
+        ``"float32"``, ``"tfloat32"`` (on CUDA alone, not for gradients) or ``"bfloat16"`` for the networks' matrix
+        products; likelihoods are always float32.
     record_step
         On CUDA, record the training step once as a graph and replay it, where the optimizer and the model allow that;
         without it a step spends most of its time on starting small computations.
@@ -165,7 +166,7 @@ class TrainingPlan:
         if self.precision == "bfloat16":
             # Casts that were kept from one step would be lost to a recorded one.
             return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=device.type != "cuda")
-        return _tfloat32() if self.precision == "tfloat32" else nullcontext()
+        return _TFloat32() if self.precision == "tfloat32" else nullcontext()
 
     def kl_weight(self, epoch: int, step: int, n_epochs: int) -> float:
         """Return the KL weight at some point of training.

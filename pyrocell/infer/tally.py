@@ -117,7 +117,8 @@ class Tally:
     def read(self) -> Epoch:
         """Return what was added up; waits for the device."""
         n_cells, skipped, in_a_row, longest = self.counters.tolist()
-        means = (self.sums / max(self.n_cells + n_cells, 1)).tolist()
+        # Without a step that was taken 0 / 0, not 0: that would look like a perfect fit.
+        means = (self.sums / (self.n_cells + n_cells)).tolist()
         broken = [name for name, n in zip(self.sites, self.broken.tolist(), strict=True) if n]
         culprit = f"terms of sites {list_some(broken)}" if broken else "gradients"
         skipped_in_all = self.skipped + skipped

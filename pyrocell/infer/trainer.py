@@ -90,7 +90,7 @@ class Trainer:
         self.tally = Tally(self.device)
         recorded = plan.record_step and can_be_recorded(self.optimizer)
         self.graphs = StepGraphs(elbo, self.optimizer, self.guard, self.tally) if recorded else None
-        self._last_finite = self._snapshot()
+        self.keep_finite_state()
         self.best_state: dict[str, torch.Tensor] | None = None
 
     def fit(self, training: Minibatches, validation: Minibatches | None = None) -> pd.DataFrame:
@@ -233,6 +233,10 @@ class Trainer:
             self.progress.epoch % self.plan.checkpoint_every == 0 or self.progress.epoch == self.max_epochs
         ):
             write_checkpoint(self, self.plan.checkpoint)
+
+    def keep_finite_state(self) -> None:
+        """Remember the present state as the last finite one, to fall back on."""
+        self._last_finite = self._snapshot()
 
     def _snapshot(self) -> dict[str, torch.Tensor]:
         return {name: t.detach().clone() for name, t in self.module.state_dict().items()}

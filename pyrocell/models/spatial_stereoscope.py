@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["SpatialStereoscope"]
+
+
+def _at_zero(site: dict[str, Any]) -> torch.Tensor:
+    """Start at the mean of the prior."""
+    return torch.zeros(site["fn"].shape())
 
 
 class SpatialStereoscope(CellModel):
@@ -83,7 +89,7 @@ class SpatialStereoscope(CellModel):
 
     counts = Counts()
 
-    automatic_guide = AutoDelta
+    automatic_guide = staticmethod(partial(AutoDelta, init_loc_fn=_at_zero))
     default_lr = 0.05
     default_batch_size = 1024
     default_plan = POINTS

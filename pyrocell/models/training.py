@@ -83,7 +83,7 @@ class Training(ModelCore):
             If the options are impossible, or after repeated non-finite steps.
         """
         plan = self.default_plan if plan is None else plan
-        if self.full_batch:
+        if self.full_batch or self.has_local_parameters:
             self._refuse_parts(plan, batch_size, train_size, validation_size, early_stopping=early_stopping)
         lr = self.default_lr if lr is None else lr
         dataset = self.require_data(None)
@@ -142,19 +142,23 @@ class Training(ModelCore):
         *,
         early_stopping: bool | None,
     ) -> None:
-        """Refuse options that leave cells out of a step, where the loss couples all cells."""
+        """Refuse options that leave cells out, where the loss couples all or each has parameters of its own."""
         asked = {
-            "batch_size": batch_size is not None,
+            "batch_size": self.full_batch and batch_size is not None,
             "train_size": train_size not in (None, 1),
             "validation_size": validation_size not in (None, 0),
             "early_stopping": bool(early_stopping),
             "TrainingPlan.train_indices": plan.train_indices is not None,
         }
         if wrong := [name for name, is_asked in asked.items() if is_asked]:
+            reason = (
+                "its loss is one of all cells together, so every step sees them all and none"
+                if self.full_batch
+                else "each cell has parameters of its own, so none"
+            )
             raise TrainingError(
-                f"{type(self).__name__} was asked for {list_some(wrong)}; its loss is one of all cells together, so "
-                "every step sees them all and none can be held out. Leave it out; to learn from fewer cells, make the "
-                "model with fewer."
+                f"{type(self).__name__} was asked for {list_some(wrong)}; {reason} can be held out. Leave it out; to "
+                "learn from fewer cells, make the model with fewer."
             )
 
     def _stops_early(self, *, asked: bool | None, n_validation: int) -> bool:

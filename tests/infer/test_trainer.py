@@ -105,7 +105,7 @@ def test_repeated_bad_losses_stop_with_the_site_and_the_last_finite_state(x):
     good = {name: p.clone() for name, p in toy.state_dict().items()}
     _, again = make(x, plan=TrainingPlan(max_bad_steps=3))
     again.module.load_state_dict(good)
-    again._last_finite = again._snapshot()
+    again.keep_finite_state()
     spoilt = x.clone()
     spoilt[::2] = float("inf")
     with pytest.raises(TrainingError, match=r"3 steps in a row.*'x'"):

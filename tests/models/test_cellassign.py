@@ -427,6 +427,7 @@ class MarkersOfTheNext(CellAssign):
         super().__init__(adata, cell_type_markers, unassigned=unassigned)
         types = len(TYPES)
         self.is_marker[:types] = self.is_marker[:types].roll(1, 0).clone()
+        self.marker_at = self.is_marker.flatten().nonzero()[:, 0]
 
 
 class EverythingMarksNothing(CellAssign):
@@ -435,6 +436,7 @@ class EverythingMarksNothing(CellAssign):
     def __init__(self, adata, cell_type_markers, *, unassigned=False):
         super().__init__(adata, cell_type_markers, unassigned=unassigned)
         self.is_marker[-1] = True
+        self.marker_at = self.is_marker.flatten().nonzero()[:, 0]
         self.fold = PyroParam(torch.full((int(self.is_marker.sum()),), 3.0), constraints.greater_than(2.0))
 
 

@@ -180,7 +180,8 @@ def test_a_model_trained_there_is_loaded_here(tmp_path):
     np.testing.assert_allclose(again.get_latent_representation(), latent, rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_products_keep_the_likelihood_in_float32():
+@pytest.mark.parametrize("precision", ["bfloat16", "tfloat32"])
+def test_fast_products_keep_the_likelihood_in_float32(precision):
     model = CASES["SCVI"].make()
-    model.train(3, batch_size=64, device="cuda", plan=TrainingPlan(precision="bfloat16"))
+    model.train(3, batch_size=64, device="cuda", plan=TrainingPlan(precision=precision))
     assert np.isfinite(model.history["elbo_train"]).all()

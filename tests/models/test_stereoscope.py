@@ -151,6 +151,13 @@ def test_counts_of_cells_add_up():
     np.testing.assert_allclose(together, probability(means[0] + means[1]), atol=1e-6)
 
 
+def test_the_start_is_the_mean_of_the_prior(small):
+    model = fit(small[0], small[1].copy(), 0)
+    start = dict(model.module.autoguide.named_parameters())
+    assert start and not any(value.any() for value in start.values())
+    assert all(value.is_contiguous() for value in start.values())
+
+
 def test_nothing_is_drawn_and_each_spot_has_its_own_parameters(fitted):
     draws = fitted.posterior("proportions", n_samples=3, return_mean=False)
     np.testing.assert_array_equal(draws[0], draws[2])
@@ -397,10 +404,14 @@ class OfNeighbours(SpatialStereoscope):
 
 
 class WithoutFactors(SpatialStereoscope):
-    """Defect: genes are seen alike in reference and tissue."""
+    """Defect: the model takes genes to be seen alike in reference and tissue."""
 
-    def _factor(self, log_factor):
-        return torch.ones_like(log_factor)
+    def model(self, cells):
+        self._factor = torch.ones_like
+        try:
+            super().model(cells)
+        finally:
+            del self._factor
 
 
 @pytest.mark.slow
