@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyrocell.distributions.accessibility import _score_block, _Seen
 from pyrocell.distributions.counts import NonZeros
+from pyrocell.distributions.kernels import negative_binomial
 from tests.distributions.families import CASES, Case, sparse_counts
 
 EXTREMES = {
@@ -40,6 +41,11 @@ def test_counts(case: Case) -> None:
     for one, other in zip(found, (value, *slopes), strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one[0].double(), other.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_mean_of_zero_gives_no_count_for_sure() -> None:
+    x, log_mean = torch.zeros(1, 1, 2), torch.full((1, 1, 2), -torch.inf)
+    assert not negative_binomial.everywhere(x, [log_mean, torch.zeros(1, 1, 2)])[0].any()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

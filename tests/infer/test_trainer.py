@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from pyrocell import settings
+from pyrocell.data import Cells
 from pyrocell.errors import LoadError, PyrocellWarning, TrainingError
 from pyrocell.infer.checkpoint import read_checkpoint
 from pyrocell.infer.elbo import Elbo
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
 from pyrocell.infer.streams import RandomStream
+from pyrocell.infer.tally import Tally
 from pyrocell.infer.trainer import Trainer
 from tests.infer.toys import Conjugate, toy_minibatches
 
@@ -112,6 +114,59 @@ def test_repeated_bad_losses_stop_with_the_site_and_the_last_finite_state(x):
         again.fit(toy_minibatches(spoilt, 50))
     for name, value in again.module.state_dict().items():
         assert torch.equal(value, good[name])
+
+
+def test_bad_steps_after_a_resume_leave_the_state_of_the_checkpoint(x, tmp_path):
+    toy, trainer = make(
+        x, max_epochs=4, plan=TrainingPlan(checkpoint=tmp_path, checkpoint_every=4, max_bad_steps=3)
+    )
+    trainer.fit(toy_minibatches(x, 50))
+    good = {name: p.clone() for name, p in toy.state_dict().items()}
+    _, again = make(x, max_epochs=8, plan=TrainingPlan(max_bad_steps=3))
+    read_checkpoint(again, tmp_path)
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        again.fit(toy_minibatches(torch.full_like(x, float("inf")), 50))
+    for name, value in again.module.state_dict().items():
+        assert torch.equal(value, good[name])
+
+
+def test_an_epoch_without_a_step_has_no_loss(x):
+    _, trainer = make(x, max_epochs=1, plan=TrainingPlan(max_bad_steps=10))
+    with pytest.warns(PyrocellWarning, match="training steps"):
+        history = trainer.fit(toy_minibatches(torch.full_like(x, float("inf")), 50))
+    assert history["elbo_train"].isna().all()
+
+
+def test_steps_counted_on_the_device_are_those_counted_by_the_host():
+    x = torch.linspace(-1, 1, 12)
+    toy, _ = make(x)
+    elbo, (host, device) = Elbo(toy.model, toy.guide), (Tally(torch.device("cpu")) for _ in range(2))
+    good = elbo(Cells({"x": x}, torch.arange(12), 12), 1.0, with_extra=True)
+    bad = elbo(Cells({"x": x * float("inf")}, torch.arange(12), 12), 1.0, with_extra=True)
+    for tally in (host, device):
+        tally.begin()
+        tally.add(good)
+    for terms in (good, bad, bad, good, bad):
+        finite = terms.loss.isfinite()
+        host.add(terms) if finite else host.skip()
+        device.add_on_device(terms, finite)
+    one, two = host.read(), device.read()
+    assert one.means == pytest.approx(two.means) and one.skipped == two.skipped == 3
+    assert (two.in_a_row, two.longest) == (1, 2) and "'x'" in two.culprit
+    device.begin()
+    device.add_on_device(good, torch.tensor(True))
+    assert (device.read().in_a_row, device.read().skipped, device.read().longest) == (0, 0, 1)
+
+
+def test_products_of_one_precision_are_asked_for_again_and_again():
+    before, products = (
+        torch.backends.cuda.matmul.allow_tf32,
+        TrainingPlan(precision="tfloat32").products(torch.device("cuda")),
+    )
+    for _ in range(2):
+        with products:
+            assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
 def test_running_statistics_survive_a_bad_step(x):

@@ -13,7 +13,8 @@ from scipy.stats import nbinom, norm
 
 import pyrocell
 from pyrocell import RNAStereoscope, SpatialStereoscope
-from pyrocell.errors import DataError, NotTrainedError, PyrocellWarning, QueryError, SetupError
+from pyrocell.errors import DataError, NotTrainedError, PyrocellWarning, QueryError, SetupError, TrainingError
+from pyrocell.infer.plan import TrainingPlan
 from pyrocell.models.rna_stereoscope import sums_of_cells
 from tests.multimodal import real_data
 
@@ -156,6 +157,17 @@ def test_the_start_is_the_mean_of_the_prior(small):
     start = dict(model.module.autoguide.named_parameters())
     assert start and not any(value.any() for value in start.values())
     assert all(value.is_contiguous() for value in start.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"train_size": 0.5}, {"early_stopping": True}, {"plan": TrainingPlan(train_indices=[0, 1])}],
+    ids=str,
+)
+def test_no_spot_can_be_held_out(small, options):
+    model = fit(small[0], small[1].copy(), 0)
+    with pytest.raises(TrainingError, match="each cell has parameters of its own, so none can be held out"):
+        model.train(1, **options)
 
 
 def test_nothing_is_drawn_and_each_spot_has_its_own_parameters(fitted):
