@@ -83,7 +83,7 @@ def read_checkpoint(trainer: Trainer, folder: str | Path) -> None:
         raise LoadError(
             f"The checkpoint in {folder} is damaged ({error!r}); start anew without resume."
         ) from error
-    trainer.keep_finite_state()
+    trainer.last_finite = trainer.snapshot()
 
 
 def _check_options(folder: str | Path, written: Any, now: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ class Trainer:
         self.tally = Tally(self.device)
         recorded = plan.record_step and can_be_recorded(self.optimizer)
         self.graphs = StepGraphs(elbo, self.optimizer, self.guard, self.tally) if recorded else None
-        self.keep_finite_state()
+        self.last_finite = self.snapshot()
         self.best_state: dict[str, torch.Tensor] | None = None
 
     def fit(self, training: Minibatches, validation: Minibatches | None = None) -> pd.DataFrame:
@@ -174,7 +174,7 @@ class Trainer:
         """Log steps that were skipped, and stop after too many in a row."""
         settings.logger.warning("epoch %d: %d skipped, %s not finite", self.progress.epoch, n, culprit)
         if in_a_row >= self.plan.max_bad_steps:
-            self.module.load_state_dict(self._last_finite)
+            self.module.load_state_dict(self.last_finite)
             self.module.eval()
             raise TrainingError(
                 f"{in_a_row} steps in a row had non-finite {culprit} (epoch {self.progress.epoch}). The model holds "
@@ -215,7 +215,7 @@ class Trainer:
         if value < self.progress.best - self.plan.min_delta:
             self.progress.best, self.progress.best_epoch, self.progress.stale = value, self.progress.epoch, 0
             if self.early_stopping:
-                self.best_state = self._snapshot()
+                self.best_state = self.snapshot()
         else:
             self.progress.stale += 1
 
@@ -228,17 +228,14 @@ class Trainer:
         state = self.module.state_dict()  # skipped steps left no trace in it
         if all(bool(t.sum().isfinite()) for t in state.values()):  # a sum tells of all, in one pass
             for name, t in state.items():  # into the memory of the last one: parameters may be large
-                self._last_finite[name].copy_(t)
+                self.last_finite[name].copy_(t)
         if self.plan.checkpoint is not None and (
             self.progress.epoch % self.plan.checkpoint_every == 0 or self.progress.epoch == self.max_epochs
         ):
             write_checkpoint(self, self.plan.checkpoint)
 
-    def keep_finite_state(self) -> None:
-        """Remember the present state as the last finite one, to fall back on."""
-        self._last_finite = self._snapshot()
-
-    def _snapshot(self) -> dict[str, torch.Tensor]:
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """Copy the state of the module."""
         return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
 
     def _warn_of_skipped_steps(self) -> None:

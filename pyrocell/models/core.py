@@ -72,7 +72,7 @@ class ModelCore(metaclass=ModelMeta):
     feature_field: ClassVar[str] = "counts"
     library_site: ClassVar[str | None] = None
     max_plate_nesting: ClassVar[int] = 1
-    automatic_guide: ClassVar[Callable[..., AutoGuide]] = AutoNormal
+    automatic_guide: ClassVar[type[AutoGuide]] = AutoNormal
     """Kind of the guide of a class that writes none; `AutoDelta` for point estimates."""
     full_batch: ClassVar[bool] = False
     """Whether the loss couples all cells, so that every step needs all of them."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -29,9 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["SpatialStereoscope"]
 
 
-def _at_zero(site: dict[str, Any]) -> torch.Tensor:
-    """Start at the mean of the prior."""
-    return torch.zeros(site["fn"].shape())
+class _PointsFromZero(AutoDelta):
+    """Point estimates that start at the mean of their priors, not at draws from them."""
+
+    def __init__(self, model: Callable[..., None], create_plates: Callable[..., pyro.plate]) -> None:
+        super().__init__(
+            model, init_loc_fn=lambda site: torch.zeros(site["fn"].shape()), create_plates=create_plates
+        )
 
 
 class SpatialStereoscope(CellModel):
@@ -89,7 +92,7 @@ class SpatialStereoscope(CellModel):
 
     counts = Counts()
 
-    automatic_guide = staticmethod(partial(AutoDelta, init_loc_fn=_at_zero))
+    automatic_guide = _PointsFromZero
     default_lr = 0.05
     default_batch_size = 1024
     default_plan = POINTS

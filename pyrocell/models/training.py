@@ -148,7 +148,8 @@ class Training(ModelCore):
             "train_size": train_size not in (None, 1),
             "validation_size": validation_size not in (None, 0),
             "early_stopping": bool(early_stopping),
-            "TrainingPlan.train_indices": plan.train_indices is not None,
+            "TrainingPlan.train_indices": plan.train_indices is not None
+            and len(plan.train_indices) < self.require_data(None).n_cells,
         }
         if wrong := [name for name, is_asked in asked.items() if is_asked]:
             reason = (

@@ -107,7 +107,7 @@ def test_repeated_bad_losses_stop_with_the_site_and_the_last_finite_state(x):
     good = {name: p.clone() for name, p in toy.state_dict().items()}
     _, again = make(x, plan=TrainingPlan(max_bad_steps=3))
     again.module.load_state_dict(good)
-    again.keep_finite_state()
+    again.last_finite = again.snapshot()
     spoilt = x.clone()
     spoilt[::2] = float("inf")
     with pytest.raises(TrainingError, match=r"3 steps in a row.*'x'"):
