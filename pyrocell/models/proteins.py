@@ -78,9 +78,7 @@ class ProteinQueries(Queries):
             # A draw in which every protein is background has no shares: zeros.
             return functional.normalize(draws.value, p=1, dim=-1) if scale_protein else draws.value
 
-        given = None if transform_batch is None else {"batch": transform_batch}
-        question = Question(self, adata, indices, given=given, batch_size=batch_size)
-        question.over(self.expression_sites[str(self.protein_site)], protein_list)
+        question = self._protein_question(adata, indices, transform_batch, protein_list, batch_size)
         with self.asking():
             found = question.array(site, values, n_samples=n_samples, return_mean=return_mean)
         return found if found.ndim == 3 else question.table(found)
@@ -110,9 +108,8 @@ class ProteinQueries(Queries):
         DataFrame
             Cells by proteins.
         """
-        given = None if transform_batch is None else {"batch": transform_batch}
-        question = Question(self, adata, indices, given=given, batch_size=batch_size)
-        return self._protein_table(question, str(self.foreground_site), protein_list, n_samples)
+        question = self._protein_question(adata, indices, transform_batch, protein_list, batch_size)
+        return self._protein_table(question, str(self.foreground_site), n_samples)
 
     @needs("background_site")
     def get_protein_background_mean(
@@ -137,14 +134,23 @@ class ProteinQueries(Queries):
         DataFrame
             Cells by proteins.
         """
+        question = self._protein_question(adata, indices, transform_batch, protein_list, batch_size)
+        return self._protein_table(question, str(self.background_site), n_samples)
+
+    def _protein_question(
+        self,
+        adata: AnnData | MuData | None,
+        indices: Indices,
+        transform_batch: str | Sequence[str] | None,
+        protein_list: Names,
+        batch_size: int | None,
+    ) -> Question:
         given = None if transform_batch is None else {"batch": transform_batch}
         question = Question(self, adata, indices, given=given, batch_size=batch_size)
-        return self._protein_table(question, str(self.background_site), protein_list, n_samples)
-
-    def _protein_table(
-        self, question: Question, site: str, protein_list: Names, n_samples: int
-    ) -> pd.DataFrame:
         question.over(self.expression_sites[str(self.protein_site)], protein_list)
+        return question
+
+    def _protein_table(self, question: Question, site: str, n_samples: int) -> pd.DataFrame:
         with self.asking():
             found = question.array(site, lambda draws: draws.value, n_samples=n_samples, return_mean=True)
         return question.table(found)
