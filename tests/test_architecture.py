@@ -51,7 +51,7 @@ UNKNOWN = {
 # The declared dependencies, and what they bring with them.
 THIRD_PARTY = {
     "pyro", "torch", "anndata", "scanpy", "numpy", "scipy", "pandas", "mudata", "safetensors", "tqdm",
-    "h5py", "matplotlib", "sklearn", "umap", "igraph",
+    "h5py", "matplotlib", "numba", "sklearn", "umap", "igraph",
 }  # fmt: skip
 LAZY = {"scanpy", "matplotlib", "sklearn", "umap", "igraph"}
 

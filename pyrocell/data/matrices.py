@@ -158,9 +158,14 @@ class _Sparse(MatrixReader):
         self.n_rows, self.n_cols = matrix.shape if rows is None else (len(rows), matrix.shape[1])
 
     def entries(self, rows: np.ndarray) -> Entries:
-        chosen = self._matrix[rows if self._rows is None else self._rows[rows]]
-        where = np.repeat(np.arange(len(rows)), np.diff(chosen.indptr))
-        return _without_zeros(where, chosen.indices.astype(np.int64), _numbers(chosen.data))
+        there = rows if self._rows is None else self._rows[rows]
+        starts = self._matrix.indptr[there].astype(np.int64)
+        lengths = self._matrix.indptr[there + 1] - starts
+        chosen = _gather(starts, lengths)  # a third of the time of indexing the matrix
+        cols = self._matrix.indices[chosen].astype(np.int64)
+        return _without_zeros(
+            np.repeat(np.arange(len(rows)), lengths), cols, _numbers(self._matrix.data[chosen])
+        )
 
 
 def _entries_of_dense(dense: np.ndarray) -> Entries:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,12 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NonZeros", "RankedCounts", "attach_nonzeros", "log1p_counts", "working_dtype"]
+from pyrocell.distributions.compiled import ordered_by_column
 
-FINITE_SUM_LIMIT = 4
-"""Counts up to this one (97 % of the non-zeros of UMI data) use finite sums in place of a series."""
-
-_TOP_RANK = FINITE_SUM_LIMIT + 1
+__all__ = ["NonZeros", "attach_nonzeros", "log1p_counts", "working_dtype"]
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
@@ -83,22 +79,25 @@ class NonZeros:
     @cached_property
     def row_starts(self) -> Tensor:
         """Position of the first entry of each row, int64, shape (n_rows,)."""
-        return _starts(self.rows, self.n_rows)
+        return torch.from_numpy(self._bounds[:-1])
+
+    @cached_property
+    def _bounds(self) -> np.ndarray:
+        """Where each row begins among the entries, and where the last one ends."""
+        return np.searchsorted(self.rows.numpy(), np.arange(self.n_rows + 1))
 
     @cached_property
     def by_column(self) -> ByColumn:
         """The same entries column by column."""
-        order = _ascending(self.cols, self.n_columns)
-        return ByColumn(
-            self.rows.index_select(0, order),
-            self.values.index_select(0, order),
-            _starts(self.cols, self.n_columns),
+        starts, rows, values = ordered_by_column(
+            self._bounds, self.cols.numpy(), self.values.numpy(), self.n_columns
         )
+        return ByColumn(torch.from_numpy(rows), torch.from_numpy(values), torch.from_numpy(starts))
 
     @cached_property
-    def ranked(self) -> RankedCounts:
-        """The same entries, with those that are not one sorted by size, as the likelihoods use them."""
-        return RankedCounts(self)
+    def as_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where each row begins among the entries (one more than rows), their columns, and the counts in float64."""
+        return self._bounds, self.cols.numpy(), self.values.to(torch.float64).numpy()
 
     def __len__(self) -> int:
         """Give the number of non-zero entries."""
@@ -142,94 +141,6 @@ class NonZeros:
         return NonZeros(
             self.flat, values, n_rows=self.n_rows, n_columns=self.n_columns, rows=self.rows, cols=self.cols
         )
-
-
-class RankedCounts:
-    """What the likelihoods read of the non-zero entries: all of them, and apart those that are not one.
-
-    Attributes
-    ----------
-    flat, cols : Tensor
-        int64, shape (n_nonzero,): positions, as in :class:`NonZeros`.
-    values : Tensor
-        Counts, shape (n_nonzero,).
-    several : Tensor
-        int64, shape (n_several,): indices into the above of the counts other than one, largest first.
-    at_least : tuple of int
-        ``at_least[k]``, k = 0..5, is the number of entries of ``several`` of rank k or more. The rank of a
-        count of 2..4 is the count; larger counts, and those that are not whole, have rank 5.
-    n_large : int
-        Number of entries of rank 5: the first ones of ``several``.
-    counts, log_factorial : Tensor
-        Counts and log(count!) of ``several``, float64 (float32 on MPS). The factorial has no parameters, so it is
-        computed once per minibatch.
-    """
-
-    def __init__(self, nonzeros: NonZeros) -> None:
-        self.flat, self.cols, self.values = nonzeros.flat, nonzeros.cols, nonzeros.values
-        several = _positions(self.values != 1)
-        values = self.values.index_select(0, several)
-        rank = values.clamp(max=_TOP_RANK).to(torch.uint8)
-        if values.is_floating_point():
-            rank.masked_fill_(values != values.floor(), _TOP_RANK)
-        order = _descending(rank)
-        sizes = torch.bincount(rank, minlength=_TOP_RANK + 1).tolist()
-        self.at_least = tuple(sum(sizes[k:]) for k in range(_TOP_RANK + 1))
-        self.n_large = self.at_least[_TOP_RANK]
-        self.several = several.index_select(0, order)
-        self.counts = values.index_select(0, order).to(working_dtype(values.device))
-        self.log_factorial = torch.empty_like(self.counts)
-        self._fill_log_factorial()
-        self._index_large()
-
-    def _fill_log_factorial(self) -> None:
-        self.log_factorial[: self.n_large] = torch.lgamma(self.counts[: self.n_large] + 1.0)
-        for k in range(2, _TOP_RANK):  # equal counts lie together
-            self.log_factorial[self.at_least[k + 1] : self.at_least[k]] = math.lgamma(k + 1.0)
-
-    def _index_large(self) -> None:
-        self.large = self.several[: self.n_large]
-        self._places = (self.flat, self.cols)
-        self._large_places = tuple(place.index_select(0, self.large) for place in self._places)
-
-    def take(self, parameter: Tensor) -> Tensor:
-        """Read a parameter of shape (n_samples or 1, n_rows or 1, n_columns) at the non-zeros.
-
-        Returns
-        -------
-        Tensor
-            Shape (n_samples or 1, n_nonzero), in the precision of the parameter.
-        """
-        return _gather(parameter, *self._places)
-
-    def take_large(self, parameter: Tensor) -> Tensor:
-        """Read a parameter at the large counts, (n_samples or 1, n_large), in the working precision."""
-        return _gather(parameter, *self._large_places).to(self.counts.dtype)
-
-    def put(self, dense: Tensor, values: Tensor) -> None:
-        """Write values of shape (n_samples or 1, n_nonzero) into ``dense`` (n_samples, n_rows, n_columns)."""
-        # positions are unique: a plain scatter, never an accumulating one
-        if dense.shape[0] == 1:  # in one dimension it takes half the time
-            dense.view(-1).scatter_(0, self.flat, values.view(-1))
-            return
-        shape = (dense.shape[0], self.flat.numel())
-        dense.view(dense.shape[0], -1).scatter_(1, self.flat.expand(shape), values.expand(shape))
-
-    def amend(self, seen: Tensor, *, add: Tensor | None, large: Tensor) -> None:
-        """Add to the entries of ``several`` that are not large, and overwrite those that are, in place.
-
-        Parameters
-        ----------
-        seen : Tensor
-            Shape (n_samples, n_nonzero).
-        add : Tensor, optional
-            Shape (n_samples or 1, n_several - n_large).
-        large : Tensor
-            Shape (n_samples or 1, n_large).
-        """
-        if add is not None:
-            seen.index_add_(1, self.several[self.n_large :], add.to(seen.dtype).expand(seen.shape[0], -1))
-        seen.index_copy_(1, self.large, large.to(seen.dtype).expand(seen.shape[0], -1))
 
 
 def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
@@ -286,31 +197,8 @@ def log1p_counts(x: Tensor) -> Tensor:
     return nonzeros.with_values(values).attach_to(dense)
 
 
-def _gather(parameter: Tensor, flat: Tensor, cols: Tensor) -> Tensor:
-    where = cols if parameter.shape[1] == 1 else flat
-    if parameter.shape[0] == 1:
-        return parameter.view(-1).index_select(0, where).unsqueeze(0)
-    return parameter.flatten(1).index_select(1, where)
-
-
 def _positions(mask: Tensor) -> Tensor:
     return torch.from_numpy(mask.numpy().nonzero()[0])  # numpy's search takes half the time of torch's
-
-
-def _descending(rank: Tensor) -> Tensor:
-    down = _TOP_RANK - rank
-    return torch.from_numpy(down.numpy().argsort(kind="stable"))  # bytes, by counting: several times faster
-
-
-def _ascending(codes: Tensor, n_codes: int) -> Tensor:
-    smallest = np.min_scalar_type(max(n_codes - 1, 0))  # numpy sorts two bytes by counting too
-    return torch.from_numpy(codes.numpy().astype(smallest).argsort(kind="stable"))
-
-
-def _starts(codes: Tensor, n_codes: int) -> Tensor:
-    """Position at which each code would begin, were the codes in order."""
-    sizes = torch.bincount(codes, minlength=n_codes)
-    return sizes.cumsum(0).sub_(sizes)
 
 
 def _version(x: Tensor) -> int:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyrocell.distributions.counts import FINITE_SUM_LIMIT, RankedCounts, working_dtype
+from pyrocell.distributions.counts import working_dtype
 
-__all__ = ["large_log_rising", "log_rising", "rising_and_slope", "small_log_rising"]
+__all__ = ["large_log_rising", "log_rising", "rising_and_slope"]
 
 _SHIFT = 8
 # Stirling's series at z >= 8, highest power first: the first term left out is below 1e-11.
@@ -106,31 +106,3 @@ def large_log_rising(counts: Tensor, theta: Tensor, dtype: torch.dtype) -> tuple
         return rising_and_slope(counts, theta)
     high = counts + theta
     return torch.lgamma(high) - torch.lgamma(theta), torch.digamma(high) - torch.digamma(theta)
-
-
-def small_log_rising(ranked: RankedCounts, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute log[(1 + 1/theta) ... (1 + (x - 1)/theta)] at the counts of 2 to 4 of a minibatch.
-
-    Finite sums over leading slices of the ranked entries. A count of one, the most frequent by far, is
-    not among them: it costs nothing.
-
-    Parameters
-    ----------
-    ranked : RankedCounts
-        The non-zero entries.
-    theta : Tensor
-        At the small ones of ``ranked.several``, shape (n_samples or 1, n_several - n_large).
-
-    Returns
-    -------
-    tuple of Tensor
-        The value, and theta [psi(x + theta) - psi(theta)] - 1, same shape.
-    """
-    inverse = theta.reciprocal()
-    slope, product = torch.zeros_like(inverse), torch.ones_like(inverse)
-    for i in range(1, FINITE_SUM_LIMIT):
-        n = ranked.at_least[i + 1] - ranked.n_large
-        factor = inverse[:, :n] * float(i) + 1.0
-        product[:, :n].mul_(factor)
-        slope[:, :n].add_(factor.reciprocal_())
-    return product.log_(), slope

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from pyrocell.errors import list_some
@@ -60,8 +62,7 @@ class FiniteGuard:
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if self.max_grad_norm is None:
-            # One number tells of them all; the largest entries do not overflow, as sums of squares would.
-            total = torch.stack([loss, *torch._foreach_norm(grads, float("inf"))]).sum()
+            total = torch.stack([loss, *_one_number_each(grads)]).sum()
         else:
             total = loss + torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         return total.isfinite()
@@ -79,3 +80,14 @@ class FiniteGuard:
             return f"terms of sites {list_some(sites)}"
         named = self.module.named_parameters()
         return f"gradients of {list_some(n for n, p in named if p.grad is not None and not p.grad.isfinite().all())}"
+
+
+def _one_number_each(grads: list[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """Return numbers that are finite if all entries are.
+
+    Devices take the largest entries, all at once. On the CPU a sum takes a tenth of the time; it overflows, as a sum of
+    squares would much earlier, only where a gradient is past all use.
+    """
+    if grads and grads[0].device.type == "cpu":
+        return (grad.sum() for grad in grads)
+    return torch._foreach_norm(grads, float("inf"))

@@ -86,16 +86,6 @@ def test_attach_refuses_unequal_lengths() -> None:
         attach_nonzeros(torch.zeros(2, 2), [0, 1], [0, 1], [1.0, 2.0, 3.0])
 
 
-def test_ranks_put_large_and_broken_counts_first() -> None:
-    x = torch.tensor([[1.0, 0.0, 9.0, 2.0], [2.5, 1.0, 4.0, 0.5]])
-    ranked = NonZeros.of(x).ranked
-    assert ranked.counts.tolist() == [9.0, 2.5, 0.5, 4.0, 2.0]
-    assert ranked.values[ranked.several].tolist() == ranked.counts.tolist()
-    assert ranked.values[ranked.large].tolist() == [9.0, 2.5, 0.5]
-    assert ranked.at_least == (5, 5, 5, 4, 4, 3)
-    torch.testing.assert_close(ranked.log_factorial, torch.lgamma(ranked.counts + 1))
-
-
 def test_a_deep_copy_keeps_a_right_index() -> None:
     x = sparse_counts()
     NonZeros.of(x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from pyrocell.distributions import NegativeBinomial, NonZeros, attach_nonzeros, kernels
+from pyrocell.distributions import NegativeBinomial, NonZeros, attach_nonzeros, elementary
 from tests.distributions.families import CASES, Case, parameters_of, sparse_counts
 
 
@@ -55,21 +58,6 @@ def test_leading_monte_carlo_draws(case: Case, theta_shape: tuple[int, ...]) -> 
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("theta_shape", [(200,), (64, 200)], ids=str)
-def test_working_in_blocks_changes_nothing(
-    case: Case, theta_shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, parameters = sparse_counts(), parameters_of(case, torch.float32, theta_shape)
-    whole = case.build(parameters).to_event(1).log_prob(x)
-    expected = torch.autograd.grad(whole.sum(), parameters)
-    monkeypatch.setattr(kernels, "_BLOCK", 1400)  # seven rows, and one that is left over
-    blocks = case.build(parameters).to_event(1).log_prob(x)
-    torch.testing.assert_close(blocks, whole)
-    for one, other in zip(torch.autograd.grad(blocks.sum(), parameters), expected, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_many_draws_of_counts_for_one_set_of_parameters() -> None:
@@ -155,10 +143,36 @@ def test_one_index_of_nonzeros_serves_several_terms(monkeypatch: pytest.MonkeyPa
     assert len(searches) == 1
 
 
-def test_gamma_functions_are_evaluated_on_few_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    lgamma = torch.lgamma
-    monkeypatch.setattr(torch, "lgamma", lambda t: sizes.append(t.numel()) or lgamma(t))
-    x = sparse_counts()
-    CASES["nb"].build(parameters_of(CASES["nb"], torch.float32)).to_event(1).log_prob(x)
-    assert max(sizes) <= int((x > 4).sum())
+def test_functions_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = elementary.numba.njit
+
+    def without_cache(*args: Any, **options: Any) -> Any:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **options)
+
+    monkeypatch.setattr(elementary.numba, "njit", without_cache)
+    twice = elementary.compiled(lambda x: x + x)
+    assert twice(2.0) == 4.0
+
+
+def test_elementary_functions_to_the_last_digits() -> None:
+    x = np.linspace(-87, 88, 20001, dtype=np.float32)
+    exact = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose([elementary.exp(v) for v in x], exact, rtol=2e-7)
+    t = exact[exact < 1e38].astype(np.float32)
+    np.testing.assert_allclose(
+        [elementary.log1p(v, np.float32(1) / (np.float32(1) + v)) for v in t],
+        np.log1p(t.astype(np.float64)),
+        rtol=2e-7,
+    )
+    low = x[x <= 0]
+    np.testing.assert_allclose(
+        [elementary.minus_expm1(v) for v in low], -np.expm1(low.astype(np.float64)), rtol=2e-7
+    )
+    tiny = -np.logspace(-30, 0, 200).astype(np.float32)
+    np.testing.assert_allclose(
+        [elementary.minus_expm1(v) for v in tiny], -np.expm1(tiny.astype(float)), rtol=2e-7
+    )
+    assert elementary.exp(np.float32(-np.inf)) == 0.0
+    assert np.isnan(elementary.exp(np.float32(np.nan)))

@@ -1,0 +1,114 @@
+"""Exponentials and logarithms in float32 for compiled loops, which turn them into vector instructions.
+
+Numba's cache does not notice that a function in another file has changed: after a change here, touch `compiled.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numba
+import numpy as np
+
+__all__ = ["compiled", "exp", "log1p", "minus_expm1"]
+
+Number = Any  # float32 or float64: the compiler tells them apart, and knows nothing of annotations
+F, I = np.float32, np.int32  # noqa: E741
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function on its first call, to run without Python's lock.
+
+    NaN and infinity keep their meaning, and sums their order: nothing is reassociated. What was compiled is kept for
+    later processes, where there is a place for it; numba would refuse the function if there is none.
+    """
+    make = partial(numba.njit, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"})
+    try:
+        made: Callable[..., Any] = make(cache=True)(function)
+    except RuntimeError:
+        made = make()(function)
+    return made
+
+
+_UNDERFLOW, _OVERFLOW = F(-87.0), F(88.0)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.4426950408889634), F(0.693359375), F(-2.12194440e-4)
+_SQRT_HALF_BITS = I(0x3F3504F3)
+_EXP = tuple(F(1.0 / math.factorial(n)) for n in (6, 5, 4, 3))
+_EXP_FIRST = F(1.0 / math.factorial(7))
+# Cephes' minimax polynomial of [log(1 + f) - f + f^2 / 2] / f^3 on sqrt(1/2) - 1 <= f <= sqrt(2) - 1 (Moshier 1989).
+_LOG_FIRST = F(7.0376836292e-2)
+_LOG = tuple(
+    F(c)
+    for c in (
+        -1.1514610310e-1,
+        1.1676998740e-1,
+        -1.2420140846e-1,
+        1.4249322787e-1,
+        -1.6668057665e-1,
+        2.0000714765e-1,
+        -2.4999993993e-1,
+        3.3333331174e-1,
+    )
+)
+_ZERO, _HALF, _ONE = F(0.0), F(0.5), F(1.0)
+
+
+@compiled
+def _power_of_two(n: int) -> Number:
+    return I(I(n + I(127)) << I(23)).view(F)
+
+
+@compiled
+def _whole(x: Number) -> Number:
+    """Round to the nearest whole number: the conversion cuts, hence the detour over positive numbers."""
+    return I(x + F(128.5)) - I(128)
+
+
+@compiled
+def _exp_minus_one_of_rest(r: Number) -> Number:
+    """Compute exp(r) - 1 for |r| <= log(2) / 2."""
+    p = _EXP_FIRST
+    for c in _EXP:
+        p = p * r + c
+    p = p * r + _HALF
+    return p * (r * r) + r
+
+
+@compiled
+def exp(x: Number) -> Number:
+    """Compute exp(x) in float32 to 1e-7, 0 below -87, and at most exp(88)."""
+    low = x < _UNDERFLOW
+    x = _OVERFLOW if x > _OVERFLOW else x
+    x = _UNDERFLOW if low else x
+    n = I(_whole(x * _LOG2_E))
+    r = (x - F(n) * _LN2_HIGH) - F(n) * _LN2_LOW
+    return _ZERO if low else (_exp_minus_one_of_rest(r) + _ONE) * _power_of_two(n)
+
+
+@compiled
+def minus_expm1(x: Number) -> Number:
+    """Compute 1 - exp(x) in float32 for x <= 0, with all digits where x tends to 0."""
+    x = _UNDERFLOW if x < _UNDERFLOW else x
+    n = I(_whole(x * _LOG2_E))
+    r = (x - F(n) * _LN2_HIGH) - F(n) * _LN2_LOW
+    scale = _power_of_two(n)
+    return (_ONE - scale) - _exp_minus_one_of_rest(r) * scale
+
+
+@compiled
+def log1p(t: Number, inverse: Number) -> Number:
+    """Compute log(1 + t) in float32 for t >= -1/2, with all digits where t tends to 0; ``inverse`` is 1 / (1 + t)."""
+    y = F(_ONE + t)
+    lost = (t - (y - _ONE)) * inverse  # what the sum rounded away
+    bits = y.view(I)
+    k = I(I(bits - _SQRT_HALF_BITS) >> I(23))
+    f = I(bits - I(k << I(23))).view(F) - _ONE
+    p = _LOG_FIRST
+    for c in _LOG:
+        p = p * f + c
+    square = f * f
+    p = f * square * p + F(k) * _LN2_LOW + lost
+    return f + (p - _HALF * square) + F(k) * _LN2_HIGH
