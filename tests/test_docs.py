@@ -65,3 +65,8 @@ def test_links_between_pages_lead_somewhere():
             if not target.startswith("http") and not (page.parent / target).exists():
                 rows.append(f"{page.relative_to(ROOT)}: {target}")
     assert not rows, "\n" + "\n".join(rows)
+
+
+def test_the_page_of_the_diagnosis_runs():
+    names = run([quick(block) for block in python_blocks("docs/user_guide/diagnosis.md")[:1]])
+    assert len(names["found"].table) == 6

@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from pyrocell import plotting
 from pyrocell.errors import QueryError
 from pyrocell.infer.criticism import check_predictions
+from pyrocell.infer.diagnosis import Diagnosis, Finding
 
 
 @pytest.fixture(autouse=True)
@@ -211,3 +212,60 @@ def test_matplotlib_is_loaded_on_first_use_only():
     program = "import sys, pyrocell.plotting; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def diagnosed(*, dimensions=True, features=True):
+    findings = [
+        Finding("convergence", float("nan"), 0.01, "a share", True, "Train."),
+        Finding("dead dimensions", 0.75, 0.5, "a share", True, "Fewer."),
+        Finding("predictive fit", 0.05, 0.1, "a share", False, "Fine."),
+    ]
+    shares = pd.DataFrame({"explained": [0.0, 0.9, 0.01, 0.0]}, index=pd.RangeIndex(4, name="dimension"))
+    fit = pd.DataFrame({"ks_pit": np.linspace(0.4, 0, 12)}, index=[f"G{i}" for i in range(12)])
+    return Diagnosis.of(
+        findings,
+        pd.Series([9.0, 5.0, 4.0]),
+        dimensions=shares.assign(is_dead=shares["explained"] < 0.02) if dimensions else None,
+        features=fit.assign(is_misfit=fit["ks_pit"] > 0.3) if features else None,
+    )
+
+
+def colors_of(patches):
+    return [to_hex(patch.get_facecolor()) for patch in patches]
+
+
+def test_a_diagnosis_has_a_bar_for_each_check_and_red_ones_for_those_worth_a_look():
+    ax = plotting.diagnosis(diagnosed())
+    assert [text.get_text() for text in ax.get_yticklabels()] == [
+        "predictive fit",
+        "dead dimensions",
+        "convergence",
+    ]
+    assert ax.get_title() == "2 of 3 checks are worth a look"
+    known = [patch for patch in ax.patches if patch.get_facecolor()[3] > 0]
+    assert [patch.get_width() for patch in known] == pytest.approx([0.5, 1.5])
+    assert colors_of(known) == ["#0072b2", "#d55e00"]
+    assert [text.get_text() for text in ax.texts] == ["0.05", "0.75", "cannot be told"]
+
+
+def test_a_diagnosis_shows_what_is_behind_it():
+    ax = plotting.diagnosis(diagnosed(), what="dimensions")
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "2", "0", "3"]
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([0.9, 0.01, 0.0, 0.0])
+    assert ax.get_title() == "1 of 4 dimensions of the latent are in use" and labels(ax) == ["in use", "dead"]
+    ax = plotting.diagnosis(diagnosed(), what="features")
+    assert [text.get_text() for text in ax.get_yticklabels()] == [f"G{i}" for i in range(9, -1, -1)]
+    assert colors_of(ax.patches) == ["#0072b2"] * 7 + ["#d55e00"] * 3
+    ax = plotting.diagnosis(diagnosed(), what="convergence")
+    assert list(ax.lines[0].get_ydata()) == [9.0, 5.0, 4.0]
+    given = pyplot.subplots()[1]
+    assert plotting.diagnosis(diagnosed(), ax=given) is given
+
+
+def test_a_diagnosis_without_a_latent_says_so():
+    with pytest.raises(QueryError, match="no dimensions to draw: the model has no latent"):
+        plotting.diagnosis(diagnosed(dimensions=False), what="dimensions")
+    with pytest.raises(QueryError, match="no features to draw: the model has no likelihood"):
+        plotting.diagnosis(diagnosed(features=False), what="features")
+    with pytest.raises(QueryError, match="what is 'all'; expected one of 'checks'"):
+        plotting.diagnosis(diagnosed(), what="all")

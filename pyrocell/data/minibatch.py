@@ -297,8 +297,9 @@ def prototype_cells(schema: Schema, n: int = 2) -> Cells:
     schema
         What the model knows.
     n
-        Number of cells.
+        Number of cells; no more than the data have, whose parameters may belong to single cells.
     """
+    n = min(n, schema.n_cells)
     values: dict[str, Tensor | None] = {}
     for record in schema.fields.values():
         for name, like in record["cells"].items():

@@ -13,7 +13,7 @@ from torch.types import _size
 
 from pyrocell.distributions.base import as_reals, binomial_draw, exactly_one, log_gamma_draw
 from pyrocell.distributions.counts import working_dtype
-from pyrocell.distributions.gamma import log_rising
+from pyrocell.distributions.gamma import log_rising, log_rising_change
 from pyrocell.distributions.shapes import broadcast
 
 __all__ = ["BetaBinomial"]
@@ -136,6 +136,11 @@ class BetaBinomial(TorchDistribution):
         )
         choose = torch.lgamma(n + 1.0) - torch.lgamma(k + 1.0) - torch.lgamma(n - k + 1.0)
         scored = choose + log_rising(k, alpha) + log_rising(n - k, beta) - log_rising(n, alpha + beta)
+        # All or nothing may be all but sure, and then these terms leave no digit of the logarithm.
+        all_or_nothing = log_rising_change(
+            n, torch.where(k == 0, beta, alpha), torch.where(k == 0, alpha, beta)
+        )
+        scored = torch.where((k == 0) | (k == n), all_or_nothing, scored)
         dense = torch.zeros(trials.shape, dtype=self.alpha.dtype, device=trials.device)
         return dense.scatter(0, tried, scored.to(dense.dtype)).reshape(shape)
 

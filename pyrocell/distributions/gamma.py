@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from pyrocell.distributions.counts import working_dtype
 
-__all__ = ["large_log_rising", "log_rising", "rising_and_slope"]
+__all__ = ["large_log_rising", "log_rising", "log_rising_change", "rising_and_slope"]
 
 _SHIFT = 8
 # Stirling's series at z >= 8, highest power first: the first term left out is below 1e-11.
@@ -95,6 +95,45 @@ def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     for coefficient in coefficients[1:-1]:
         result.add_(coefficient).mul_(x)
     return result.add_(coefficients[-1])
+
+
+def log_rising_change(counts: Tensor, theta: Tensor, by: Tensor) -> Tensor:
+    """Compute log_rising(counts, theta) - log_rising(counts, theta + by), to all digits however small it is.
+
+    It is the log-probability that ``counts`` trials all fail, and the two terms are equal to the last digit where that
+    is all but sure. So every difference is taken inside of a log1p; ``counts`` and ``by`` may change places.
+
+    Parameters
+    ----------
+    counts, by : Tensor
+        At least 0.
+    theta : Tensor
+        Positive.
+
+    Returns
+    -------
+    Tensor
+        Not above 0, in the dtype of the arguments; differentiable in all three.
+    """
+    steps = torch.arange(_SHIFT, dtype=theta.dtype, device=theta.device)
+    product = counts * by
+    low = theta.unsqueeze(-1) + steps
+    first = -product.unsqueeze(-1) / ((low + by.unsqueeze(-1)) * (low + counts.unsqueeze(-1)))
+    z = theta + _SHIFT
+    both = z + counts + by
+    rest = (z - 0.5) * torch.log1p(product / (z * both)) - by * torch.log1p(counts / (z + by))
+    rest = rest + counts * torch.log1p(-by / both)
+    tails = _tail(z + counts) - _tail(z) + _tail(z + by) - _tail(both)
+    return torch.log1p(first).sum(-1) + rest + tails
+
+
+def _tail(z: Tensor) -> Tensor:
+    """Compute the tail of Stirling's series for lgamma."""
+    inverse = z.reciprocal()
+    square, total = inverse * inverse, torch.zeros_like(z)
+    for coefficient in _LGAMMA_TAIL:
+        total = total * square + coefficient
+    return total * inverse
 
 
 def large_log_rising(counts: Tensor, theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

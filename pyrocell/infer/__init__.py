@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyrocell.infer.criticism import PredictiveCheck, check_predictions
+from pyrocell.infer.diagnosis import Diagnosis
 from pyrocell.infer.differential import differential
 from pyrocell.infer.draws import Drawer, SiteDraws
 from pyrocell.infer.effects import Record, Until, Warmup, lazy_deterministic
@@ -12,6 +13,7 @@ from pyrocell.infer.scale_sampler import DifferentialOptions
 from pyrocell.infer.trainer import Trainer
 
 __all__ = [
+    "Diagnosis",
     "DifferentialOptions",
     "Drawer",
     "Elbo",

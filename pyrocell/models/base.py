@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrocell.models import saving
-from pyrocell.models.assessments import Assessments
 from pyrocell.models.comparisons import Comparisons
+from pyrocell.models.diagnoses import Diagnoses
 from pyrocell.models.mapping import ReferenceMapping
 from pyrocell.models.packing import shortened
 from pyrocell.models.projections import Projections
@@ -25,7 +25,7 @@ __all__ = ["CellModel"]
 
 class CellModel(
     Training,
-    Assessments,
+    Diagnoses,
     Regions,
     ProteinQueries,
     VelocityChecks,

@@ -11,22 +11,28 @@ import torch
 
 from pyrocell.errors import QueryError
 from pyrocell.infer.effects import AtMean
+from pyrocell.infer.elbo import ElboTerms
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from pyrocell.models.base import CellModel
 
-__all__ = ["answers", "assert_same", "has_gaussian_posterior", "loss_at_mean", "state_of"]
+__all__ = ["answers", "assert_same", "has_gaussian_posterior", "loss_at_mean", "state_of", "terms_at_mean"]
 
 
 def loss_at_mean(model: CellModel, rows: np.ndarray) -> torch.Tensor:
     """Return the loss of a minibatch, draws at their means, networks in evaluation mode."""
+    return terms_at_mean(model, rows).loss
+
+
+def terms_at_mean(model: CellModel, rows: np.ndarray) -> ElboTerms:
+    """Return the bound of a minibatch, draws at their means, networks in evaluation mode."""
     dataset = model.require_data(None)
     cells = next(iter(dataset.minibatches(rows, len(rows), n_total=dataset.n_cells)))
     model.module.eval()
     with model.running(), AtMean():
-        return model.elbo()(cells).loss
+        return model.elbo()(cells)
 
 
 def answers(model: CellModel, adata: AnnData | None = None, indices: Any = None) -> dict[str, np.ndarray]:

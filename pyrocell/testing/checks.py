@@ -17,12 +17,14 @@ from pyrocell import settings
 from pyrocell.data.turned import rows_are_features
 from pyrocell.errors import DataError, NotTrainedError
 from pyrocell.infer.criticism import PredictiveCheck
+from pyrocell.infer.diagnosis import Diagnosis
 from pyrocell.infer.effects import is_latent, is_local
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.models.roles import capabilities, verbs
 from pyrocell.testing.asking import answers, assert_same, has_gaussian_posterior, loss_at_mean, state_of
 from pyrocell.testing.cases import ModelCase
 from pyrocell.testing.containers import parts_of, read_backed, with_parts, write
+from pyrocell.testing.trust import TRUST_FUNCTIONS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -306,6 +308,8 @@ def _is_answer(answer: Any) -> bool:
         return all(map(_is_answer, parts))
     if isinstance(answer, PredictiveCheck):
         return _is_answer(np.asarray(answer.summary))
+    if isinstance(answer, Diagnosis):
+        return _is_answer(answer.table)
     if isinstance(answer, pd.DataFrame):
         numbers = np.asarray(answer.select_dtypes("number"), dtype=float)
         return not answer.empty and (numbers.size == 0 or bool(np.isfinite(numbers).any()))
@@ -373,4 +377,5 @@ CHECK_FUNCTIONS: dict[str, Callable[[ModelCase], None]] = {
     "verbs follow roles": _check_verbs,
     "queries are mapped without moving the reference": _check_mapping,
     "every verb answers": _check_every_verb,
+    **TRUST_FUNCTIONS,
 }

@@ -1,4 +1,4 @@
-"""Pictures of what a model did and found; each function draws into one matplotlib ``Axes`` and returns it."""
+"""Training curves, latents, differences and predictive checks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,173 @@
+"""Each check of a fit, on numbers in which there is something to find and on numbers in which there is nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from pyrocell.infer import diagnosis
+from pyrocell.infer.criticism import check_predictions
+
+
+def decay(n_epochs, time=4.0, noise=0.02):
+    """A loss that falls by 100 nats, ever more slowly."""
+    generator = np.random.default_rng(0)
+    return pd.Series(
+        200 + 100 * np.exp(-np.arange(n_epochs) / time) + noise * generator.standard_normal(n_epochs)
+    )
+
+
+def test_a_loss_that_falls_no_more():
+    found = diagnosis.convergence(decay(100))
+    assert not found.is_flagged and 0 <= found.value < 0.001 and "nothing to do" in found.advice
+
+
+def test_a_loss_that_still_falls():
+    found = diagnosis.convergence(decay(100, time=40.0))
+    # Over epochs 80 to 99 of exp(-t / 40), as a share of the fall from 0 to 99; a line is near that curve.
+    exact = (np.exp(-80 / 40) - np.exp(-99 / 40)) / (1 - np.exp(-99 / 40))
+    assert found.is_flagged and found.value == pytest.approx(exact, rel=0.05)
+    assert "fell by" in found.advice and "20 epochs" in found.advice and "train()" in found.advice
+
+
+def test_a_loss_that_rises():
+    loss = decay(100)
+    loss[80:] += np.arange(20) * 0.5
+    found = diagnosis.convergence(loss)
+    assert found.is_flagged and "rose by" in found.advice and "lower lr" in found.advice
+
+
+def test_noise_is_no_fall():
+    flagged = [
+        diagnosis.convergence(decay(100, noise=10.0).sample(frac=1, random_state=seed)).is_flagged
+        for seed in range(3, 23)
+    ]
+    # Shuffled losses have no direction; three standard errors are passed by one in some hundred.
+    assert sum(flagged) <= 1
+
+
+@pytest.mark.parametrize("n_epochs", [1, 19])
+def test_too_few_epochs_to_tell(n_epochs):
+    found = diagnosis.convergence(decay(n_epochs))
+    assert found.is_flagged and np.isnan(found.value) and f"{n_epochs} epochs are too few" in found.advice
+
+
+def latent(live, dead, n_cells=400, seed=0):
+    """Posterior means and variances: a live dimension has 0.9 of its variance between cells."""
+    generator = np.random.default_rng(seed)
+    scale = np.array([np.sqrt(0.9)] * live + [0.05] * dead)
+    mean = generator.standard_normal((n_cells, live + dead)) * scale
+    variance = np.tile(np.array([0.1] * live + [1.0] * dead), (n_cells, 1))
+    return mean, variance
+
+
+def test_shares_that_are_explained():
+    table = diagnosis.explained_shares(*latent(3, 2))
+    np.testing.assert_allclose(table["explained"][:3], 0.9, atol=0.03)
+    assert table["is_dead"].tolist() == [False] * 3 + [True] * 2
+
+
+def test_shares_from_draws_are_those_of_the_moments():
+    mean, variance = latent(2, 2, n_cells=2000)
+    draws = mean + np.sqrt(variance) * np.random.default_rng(1).standard_normal((10, *mean.shape))
+    found = diagnosis.explained_shares(draws.mean(0), draws.var(0, ddof=1), n_samples=10)
+    np.testing.assert_allclose(
+        found["explained"], diagnosis.explained_shares(mean, variance)["explained"], atol=0.02
+    )
+    assert found["is_dead"].tolist() == [False, False, True, True]
+    # Taken for exact, the mean of ten draws would make a dead dimension look alive.
+    naive = diagnosis.explained_shares(draws.mean(0), draws.var(0, ddof=1))
+    assert not naive["is_dead"].any()
+
+
+@pytest.mark.parametrize(
+    ("live", "dead", "flagged"),
+    [
+        (5, 0, []),
+        (5, 5, []),
+        (3, 9, ["dead dimensions"]),
+        (0, 5, ["posterior collapse", "dead dimensions"]),
+    ],
+)
+def test_collapse_and_dead_dimensions(live, dead, flagged):
+    findings = diagnosis.latent_findings(diagnosis.explained_shares(*latent(live, dead)))
+    assert [finding.check for finding in findings if finding.is_flagged] == flagged
+    if live == 3:
+        assert "Only 3 of 12 dimensions" in findings[1].advice and "n_latent=3" in findings[1].advice
+
+
+def predictions(bad, n_features=20, n_cells=500):
+    """Negative binomial counts; those of some features are predicted by a Poisson of the same mean."""
+    generator = np.random.default_rng(0)
+    observed = generator.negative_binomial(2, 0.1, (n_cells, n_features))
+    draws = generator.negative_binomial(2, 0.1, (25, n_cells, n_features))
+    draws[..., :bad] = generator.poisson(18.0, (25, n_cells, bad))
+    blocks = [(torch.tensor(observed, dtype=torch.float32), torch.tensor(draws, dtype=torch.float32))]
+    return check_predictions(blocks, [f"g{i}" for i in range(n_features)]).features
+
+
+@pytest.mark.parametrize(("bad", "is_flagged"), [(0, False), (1, False), (4, True)])
+def test_features_that_are_predicted_badly(bad, is_flagged):
+    features, finding = diagnosis.fit_of_features(predictions(bad), 500)
+    assert finding.is_flagged == is_flagged and finding.value == bad / 20
+    assert set(features.index[:bad]) == {f"g{i}" for i in range(bad)}
+    assert features["is_misfit"].sum() == bad
+    assert features["ks_pit"].is_monotonic_decreasing
+    assert all(repr(name) in finding.advice for name in features.index[:10])
+    assert repr(features.index[10]) not in finding.advice
+    assert list(features)[:2] == ["ks_pit", "is_misfit"] and "predicted_zero_fraction" in features
+    assert not [name for name in features if name.endswith(("_lower", "_upper"))]
+
+
+def test_features_that_were_never_measured_are_no_misfits():
+    features = predictions(0)
+    features.loc["g3", "ks_pit"] = np.nan
+    ranked, finding = diagnosis.fit_of_features(features, 500)
+    assert finding.value == 0 and ranked.index[-1] == "g3"
+
+
+def test_sizes_in_the_latent():
+    generator = np.random.default_rng(0)
+    z = generator.standard_normal((400, 4))
+    noise = generator.standard_normal(400)
+    told = diagnosis.size_finding(z, np.exp(z @ [1, 0.5, 0, 0] + 0.5 * noise))
+    assert told.is_flagged and told.value == pytest.approx(1.25 / 1.5, abs=0.07)
+    assert not diagnosis.size_finding(z, np.exp(noise)).is_flagged
+    assert diagnosis.size_finding(z, np.exp(noise)).value < 0.05
+    for totals in (np.full(400, 7.0), np.exp(noise)[:30]):
+        nobody_knows = diagnosis.size_finding(z[: len(totals)], totals)
+        assert np.isnan(nobody_knows.value) and not nobody_knows.is_flagged
+
+
+def test_a_latent_of_dead_dimensions_holds_nothing():
+    nothing = np.zeros((200, 0))
+    assert diagnosis.size_finding(nothing, np.arange(1.0, 201)).value < 0.05
+    assert diagnosis.batch_finding(nothing, np.arange(200) % 2, "lane").value == 0
+
+
+@pytest.mark.parametrize("sizes", [(300, 300), (500, 60, 40)])
+def test_batches_in_the_latent(sizes):
+    generator = np.random.default_rng(0)
+    batch = np.repeat(np.arange(len(sizes)), sizes)
+    z = generator.standard_normal((len(batch), 5))
+    mixed = diagnosis.batch_finding(z, batch, "lane")
+    assert not mixed.is_flagged and mixed.value < 0.2 and "'lane' are mixed" in mixed.advice
+    apart = diagnosis.batch_finding(z + 8 * batch[:, None], batch, "lane")
+    assert apart.is_flagged and apart.value > 0.95 and "batch_key" in apart.advice
+
+
+def test_batches_that_overlap_by_the_best_possible_rule():
+    """Two normal batches a distance d apart: no rule tells them better than Phi(d / 2)."""
+    generator = np.random.default_rng(0)
+    batch = np.arange(4000) % 2
+    z = generator.standard_normal((4000, 1)) + 2 * batch[:, None]
+    found = diagnosis.batch_finding(z, batch, "lane").value
+    assert found == pytest.approx(2 * stats.norm.cdf(1) - 1, abs=0.05)
+
+
+def test_too_few_cells_of_a_batch():
+    found = diagnosis.batch_finding(np.zeros((100, 2)), np.repeat([0, 1], [97, 3]), "lane")
+    assert np.isnan(found.value) and not found.is_flagged and "too few" in found.advice
