@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 
@@ -36,6 +37,14 @@ def test_views_and_shared_storage_are_written(tmp_path):
     assert torch.equal(read["t"], x.T) and torch.equal(read["row"], x[1])
 
 
+def reseal(where):
+    """Make the record fit the tensors that lie beside it, as whoever means harm would."""
+    data = (where / "model.safetensors").read_bytes()
+    record = json.loads((where / "model.json").read_text())
+    record |= {"n_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (where / "model.json").write_text(json.dumps(files.sealed(record)))
+
+
 @pytest.mark.parametrize("keep", [0, 5, 40, 100])
 def test_truncated_tensors(folder, keep):
     where, _ = folder
@@ -49,6 +58,9 @@ def test_damaged_tensors_of_the_right_size(folder):
     where, _ = folder
     path = where / "model.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(LoadError, match="has changed since it was written"):
+        files.read_folder(where, "model")
+    reseal(where)
     with pytest.raises(LoadError, match="not a readable safetensors"):
         files.read_folder(where, "model")
 
@@ -59,10 +71,8 @@ def test_pickle_in_place_of_tensors_is_not_executed(folder, tmp_path):
             return (open, (str(tmp_path / "executed"), "w"))
 
     where, _ = folder
-    data = pickle.dumps(Bomb())
-    (where / "model.safetensors").write_bytes(data)
-    record = json.loads((where / "model.json").read_text())
-    (where / "model.json").write_text(json.dumps(record | {"n_bytes": len(data)}))
+    (where / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    reseal(where)
     with pytest.raises(LoadError, match="not a readable safetensors"):
         files.read_folder(where, "model")
     assert not (tmp_path / "executed").exists()
