@@ -171,7 +171,7 @@ def _unpack_kind(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) ->
         return np.frombuffer(stored, dtype=dtype).reshape(packed["shape"]).copy()
     if kind == "text":
         dtype = _dtype(packed["dtype"], "UO")
-        longest = max((len(item) for item in values if item is not None), default=0)
+        longest = max((len(item) for item in values or () if item is not None), default=0)
         if dtype.itemsize > max(1024, 64 * longest):
             raise ValueError(f"texts of at most {longest} letters in entries of {dtype.itemsize} bytes")
         return np.array(values, dtype=dtype).reshape(packed["shape"])

@@ -35,7 +35,7 @@ _OPTIONAL = {"mapping": dict | None, "training_defaults": dict, "manifest": dict
 _MAPPING = {"frozen": bool, "new_categories": dict, "absent_features": dict, "fraction_absent": dict}
 _DAMAGED = "The file is damaged; save again."
 # A model may take this many times the bytes of its file, and this many bytes in any case.
-_FOLD, _SMALL = 64, 2**26
+_FOLD, _SMALL = 64, 2**28
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye}
 
 
