@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import platform
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from pyrocell.data.storing import data_file_of, read_data, write_data
 from pyrocell.errors import LoadError
 from pyrocell.infer.freezing import freeze
 from pyrocell.infer.landmarks import Landmarks
+from pyrocell.models.manifest import versions
 from pyrocell.models.novelty import find_landmarks
 from pyrocell.models.packing import pack, unpack
 from pyrocell.models.soundness import check_record, check_tensors, no_more_than, with_prefix
@@ -30,18 +29,7 @@ if TYPE_CHECKING:
 
     from pyrocell.models.base import CellModel
 
-__all__ = ["load", "read", "save", "versions"]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("pyrocell", "torch", "pyro-ppl", "anndata", "numpy", "scipy", "pandas"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree
-            found[package] = "unknown"
-    return found
+__all__ = ["load", "read", "save"]
 
 
 def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata: bool) -> None:
@@ -67,6 +55,7 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
         "training_defaults": {name: vars(model)[name] for name in _DEFAULTS if name in vars(model)},
         "data_file": data_file,
         "versions": versions(),
+        "manifest": model.manifest(),
     }
     tensors = {f"module.{name}": t for name, t in model.module.state_dict().items()}
     tensors |= {f"trainable.{name}": mask for name, mask in (model.trainable or {}).items()}
@@ -134,6 +123,9 @@ def _fill(model: CellModel, tensors: dict[str, torch.Tensor], record: dict[str, 
     model.module.load_state_dict(with_prefix(tensors, "module."))
     model.module.eval()
     model.stream.state = tensors["stream"]
+    manifest = record.get("manifest", {})
+    model.made_with = manifest.get("versions", record.get("versions"))
+    model.trainings = tuple(manifest.get("trainings", ()))
     for name in ("train_indices", "validation_indices"):
         setattr(model, name, tensors[name].numpy())
     model.is_trained, model.cell_names = record["is_trained"], record["cell_names"]

@@ -62,8 +62,18 @@ def check_record(model_class: type[CellModel], folder: Path, record: dict[str, A
     mapping = record.get("mapping")
     if mapping is not None and not all(isinstance(mapping.get(k), kind) for k, kind in _MAPPING.items()):
         raise LoadError(f"{path}: 'mapping' is {mapping!r}; expected {list_some(_MAPPING)}. {_DAMAGED}")
+    _check_manifest(path, record.get("manifest", {}))
     if not all(isinstance(name, str) for name in record["cell_names"]):
         raise LoadError(f"{path}: 'cell_names' holds other things than names. {_DAMAGED}")
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    trainings = manifest.get("trainings", [])
+    sound = isinstance(trainings, list) and isinstance(manifest.get("versions", {}), dict)
+    if not sound or not all(
+        isinstance(one, dict) and type(one.get("first_epoch")) is int and "data" in one for one in trainings
+    ):
+        raise LoadError(f"{path}: 'manifest' is not one that a model gives. {_DAMAGED}")
 
 
 def check_tensors(model: CellModel, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
