@@ -60,7 +60,8 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric:
 tabular-nums; } th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right;
 vertical-align: top; } th { text-align: right; } th:first-child, td:first-child, th[scope=row], .text {
 text-align: left; } .scroll, pre { overflow-x: auto; } .facts td { text-align: left; overflow-wrap: anywhere; }
-footer { margin: 2.5rem 0 1rem; color: #555; font-size: .9rem; } </style> </head> <body> <header> <h1>$title</h1> <p>$lead</p> $cards
+footer { margin: 2.5rem 0 1rem; color: #555; font-size: .9rem; } </style> </head> <body>
+<header> <h1>$title</h1> <p>$lead</p> $cards
 </header> <main> $body </main> <footer>Written by pyrocell on $date. This page is complete in itself and can
 be sent on as one file.</footer> </body> </html>
 """)

@@ -150,12 +150,17 @@ _DEFAULTS = ("max_epochs_cap", "kl_warmup_cap")
 
 def _history_to_json(history: pd.DataFrame) -> dict[str, list[float | None]]:
     return {
-        str(name): [None if math.isnan(value) else value for value in column.astype(float)]
+        str(name): [None if math.isnan(value) else value for value in column.tolist()]
         for name, column in history.items()
     }
 
 
 def _history_from_json(columns: dict[str, list[float | None]]) -> pd.DataFrame:
-    history = pd.DataFrame({name: np.array(values, dtype=float) for name, values in columns.items()})
+    history = pd.DataFrame({name: _column(values) for name, values in columns.items()})
     history.index.name = "epoch"
     return history
+
+
+def _column(values: list[float | None]) -> np.ndarray:
+    whole = bool(values) and all(type(value) is int for value in values)
+    return np.array(values, dtype=np.int64 if whole else float)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyrocell import settings
 from pyrocell.data.slots import is_mudata
 from pyrocell.infer.plan import TrainingPlan
+from pyrocell.testing.questions import questions
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -103,3 +104,8 @@ class ModelCase:
     def trained(self) -> CellModel:
         """A trained model, shared by checks that only ask."""
         return self.train(self.make())
+
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """What the trained model answers, by verb: asked once, for all checks that look at it."""
+        return {verb: ask() for verb, ask in questions(self.trained, self.arguments).items()}
