@@ -68,7 +68,7 @@ def write_folder(
         sums = {other: _written(_staged(folder, other), write) for other, write in beside.items()}
         head = {"format_version": FORMAT_VERSION, "pair": pair, "n_bytes": len(data)}
         head |= {"sha256": hashlib.sha256(data).hexdigest(), "beside": sums}
-        text = json.dumps(sealed({**head, **record}), indent=1)
+        text = json.dumps(sealed({**head, **record, **head}), indent=1)
         _write(_staged(folder, names[-1]), text.encode())
         # From the first of these on the new save is the one that is read: see `_settle`.
         for file_name in names:
