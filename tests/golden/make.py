@@ -162,6 +162,8 @@ def answers(name: str, model: Any) -> dict[str, torch.Tensor]:
         found["loss"] = model.elbo()(model.require_data(None).cells(rows)).loss.reshape(1)
         for site in CASES[name][4]:
             found[site] = torch.from_numpy(np.asarray(model.posterior(site)))
+    if not CASES[name][4]:  # a model whose only latent is summed over
+        found["predicted"] = torch.from_numpy(model.predict(soft=True).to_numpy())
     if hasattr(model, "get_latent_representation"):
         found["latent"] = torch.from_numpy(model.get_latent_representation())
     return {key: value.to(torch.float32).contiguous() for key, value in found.items()}
