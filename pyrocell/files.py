@@ -232,6 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise LoadError(f"{path} does not exist (found: {found}); expected a folder written by save().")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = _checksum(record) if isinstance(record, dict) else None
     except (ValueError, OSError, RecursionError) as error:  # of text that is no Unicode, too
         raise LoadError(
             f"{path} is not JSON ({error}); the file is damaged or foreign. Save again."
@@ -248,7 +249,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this pyrocell reads up to {FORMAT_VERSION}. Upgrade pyrocell "
             f"(the file was written by {writer or 'a newer version'})."
         )
-    if version > 1 and record.get(_SUM) != _checksum(record):
+    if version > 1 and record.get(_SUM) != checksum:
         raise LoadError(
             f"{path} has changed since it was written: its checksum is not that of its content. {_LOST}"
         )

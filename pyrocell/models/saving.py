@@ -95,7 +95,7 @@ def read(model_class: type[CellModel], folder: str | Path) -> tuple[CellModel, d
             model = _from_record(model_class, record)
         check_tensors(model, tensors, record)
         _fill(model, tensors, record)
-    except LoadError as error:
+    except (LoadError, RecursionError) as error:
         raise LoadError(f"{folder / 'model.json'}: {error}") from error
     return model, record
 

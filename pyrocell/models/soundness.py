@@ -62,6 +62,9 @@ def check_record(model_class: type[CellModel], folder: Path, record: dict[str, A
     mapping = record.get("mapping")
     if mapping is not None and not all(isinstance(mapping.get(k), kind) for k, kind in _MAPPING.items()):
         raise LoadError(f"{path}: 'mapping' is {mapping!r}; expected {list_some(_MAPPING)}. {_DAMAGED}")
+    for name, column in record["history"].items():
+        if not isinstance(column, list) or not all(isinstance(one, int | float | None) for one in column):
+            raise LoadError(f"{path}: 'history' has {name!r}, which is no list of numbers. {_DAMAGED}")
     _check_manifest(path, record.get("manifest", {}))
     if not all(isinstance(name, str) for name in record["cell_names"]):
         raise LoadError(f"{path}: 'cell_names' holds other things than names. {_DAMAGED}")
@@ -128,8 +131,10 @@ def _check_rows(name: str, rows: torch.Tensor) -> None:
 
 
 def _check_landmarks(found: dict[str, torch.Tensor]) -> None:
-    if found and set(found) != set(Landmarks.__dataclass_fields__):
-        raise LoadError(f"The file has the landmarks {sorted(found)}, expected others. {_DAMAGED}")
+    shapes = {name: (tensor.ndim, tensor.dtype) for name, tensor in found.items()}
+    wanted = dict(zip(Landmarks.__dataclass_fields__, ((2, torch.float32), (1, torch.float32)), strict=True))
+    if found and shapes != wanted:
+        raise LoadError(f"The file has the landmarks {shapes}; expected {wanted}. {_DAMAGED}")
 
 
 def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
