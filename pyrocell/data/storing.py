@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from anndata import AnnData, read_h5ad
+from scipy import sparse
 
 from pyrocell.data.slots import is_mudata
 from pyrocell.errors import LoadError
@@ -36,7 +40,17 @@ def write_data(data: AnnData | MuData, path: Path) -> None:
         In memory or backed.
     path
         Where to write.
+
+    Raises
+    ------
+    OSError
+        If the disk has no room for them: seen before, since HDF5 does not survive a disk that fills up as it writes.
     """
+    needed, free = _size_of(data), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"No space left for data of {needed / 1e6:.1f} MB, where {free / 1e6:.1f} are free"
+        )
     if not is_mudata(data):
         from anndata.io import write_h5ad
 
@@ -49,6 +63,27 @@ def write_data(data: AnnData | MuData, path: Path) -> None:
 
     with mudata.set_options(pull_on_update=False):
         mudata.write_h5mu(path, data if data.isbacked else _stand_in_of_all(data))
+
+
+def _size_of(data: Any) -> int:
+    """Return how many bytes the data take in a file, without compression, at least."""
+    if data.isbacked:
+        return Path(data.filename).stat().st_size
+    if is_mudata(data):
+        return sum(_size_of(part) for part in data.mod.values())
+    parts = [data.X, *data.layers.values(), data.obs, data.var]
+    parts += [value for name in _ALIGNED for value in getattr(data, name).values()]
+    return sum(map(_bytes_of, parts))
+
+
+def _bytes_of(values: Any) -> int:
+    if isinstance(values, pd.DataFrame):
+        return int(values.memory_usage().sum())
+    if sparse.issparse(values):
+        return sum(
+            getattr(values, name).nbytes for name in ("data", "indices", "indptr") if hasattr(values, name)
+        )
+    return int(getattr(values, "nbytes", 0))
 
 
 def _stand_in(adata: AnnData) -> AnnData:

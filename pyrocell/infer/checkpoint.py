@@ -86,6 +86,8 @@ def read_checkpoint(trainer: Trainer, folder: str | Path) -> None:
         trainer.stream.state = tensors["stream"]
         trainer.shuffle.bit_generator.state = record["shuffle"]
         trainer.progress = Progress(**record["progress"])
+        if trainer.progress.within < 0:
+            raise ValueError(f"{trainer.progress.within} steps within the epoch")
         if trainer.progress.within:
             trainer.tally.resume(trainer.progress.tally)
         _load_optimizer(trainer.optimizer, _with_prefix(tensors, "optimizer."), record["optimizer"])

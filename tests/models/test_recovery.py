@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,14 @@ def undisturbed(tmp_path_factory):
     return bits(model)
 
 
-@pytest.mark.parametrize("step", [1, N_STEPS - 1, 3 * N_STEPS + 2])
 @pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+    ("step", "number", "raised"),
+    [
+        (1, signal.SIGINT, KeyboardInterrupt),
+        (N_STEPS - 1, signal.SIGTERM, SystemExit),
+        (3 * N_STEPS + 2, signal.SIGINT, KeyboardInterrupt),
+        (3 * N_STEPS + 1, signal.SIGTERM, SystemExit),
+    ],
 )
 def test_a_signal_leaves_a_checkpoint_within_the_epoch(
     tmp_path, monkeypatch, caplog, undisturbed, step, number, raised
@@ -158,17 +164,16 @@ def test_a_signal_after_the_last_step_is_not_swallowed():
         raise ValueError("and an error on top of it does not keep the process from ending")
 
 
-@pytest.mark.parametrize(
-    "damage", [{"within": 2, "tally": {}}, {"within": 2, "tally": None}, {"within": "x"}]
-)
-def test_a_damaged_place_within_the_epoch_is_refused(tmp_path, damage):
-    killing.train(make(), tmp_path)
+def test_a_damaged_place_within_the_epoch_is_refused(tmp_path):
+    make().train(1, batch_size=32, n_epochs_kl_warmup=1, plan=TrainingPlan(checkpoint=tmp_path))
     path = tmp_path / "checkpoint.json"
-    record = json.loads(path.read_text())
-    record["progress"] |= damage
-    path.write_text(json.dumps(pyrocell.files.sealed(record)))
-    with pytest.raises(LoadError, match="damaged"):
-        killing.train(make(), tmp_path, resume=tmp_path)
+    text = path.read_text()
+    for damage in ({"within": 2, "tally": {}}, {"within": 2, "tally": None}, {"within": "x"}, {"within": -1}):
+        record = json.loads(text)
+        record["progress"] |= damage
+        path.write_text(json.dumps(pyrocell.files.sealed(record)))
+        with pytest.raises(LoadError, match="damaged"):
+            make().train(2, batch_size=32, n_epochs_kl_warmup=1, resume=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ killed
@@ -228,6 +233,21 @@ def test_a_disk_that_fills_up_in_training(tmp_path, monkeypatch, undisturbed, af
     resumed = make()
     killing.train(resumed, tmp_path, resume=tmp_path)
     assert bits(resumed) == undisturbed
+
+
+def test_data_for_which_there_is_no_room_are_refused_before_they_are_written(tmp_path, monkeypatch):
+    """HDF5 brings the process down when the disk fills up while it writes."""
+    model = make()
+    model.train(1)
+    model.save(tmp_path / "model", save_anndata=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    model.train(1)
+    nearly = namedtuple("Usage", ["free"])(5000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: nearly)
+    monkeypatch.setattr("anndata.io.write_h5ad", None)
+    with pytest.raises(SaveError, match=r"No space left for data of 0\.0 MB.*untouched"):
+        model.save(tmp_path / "model", overwrite=True, save_anndata=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
 # ------------------------------------------------------------------------------------------------ bad steps
