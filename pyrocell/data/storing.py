@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +64,18 @@ def write_data(data: AnnData | MuData, path: Path) -> None:
         return
     import mudata
 
-    with mudata.set_options(pull_on_update=False):
+    with _random_numbers_kept(), mudata.set_options(pull_on_update=False):
         mudata.write_h5mu(path, data if data.isbacked else _stand_in_of_all(data))
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Give Python's global generator back as it was: mudata makes up names of columns with it."""
+    before = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 def _size_of(data: Any) -> int:
@@ -128,7 +141,7 @@ def read_data(path: Path) -> AnnData | MuData:
             import mudata
 
             # As it was written: by default, mudata copies columns of the modalities while reading.
-            with mudata.set_options(pull_on_update=False):
+            with _random_numbers_kept(), mudata.set_options(pull_on_update=False):
                 return mudata.read_h5mu(path)
         return read_h5ad(path)
     except Exception as error:  # h5py and anndata raise many kinds on damaged files

@@ -106,6 +106,9 @@ def check_life(case: ModelCase) -> None:
         outside.compare("save")
         again = case.model_class.load(folder)
     outside.compare("load")
+    if case.setup.get("batch_key") is not None and hasattr(case.model_class, "load_query_data"):
+        case.model_class.load_query_data(data, again)
+        outside.compare("load_query_data")
     found = difference(before, _copy_of(data), "the data")
     assert found is None, f"the data of the user were changed: {found}"
     _check_released(data, again)
