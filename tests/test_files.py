@@ -273,14 +273,14 @@ def test_links_lead_nobody_out_of_the_folder(tmp_path):
     outside.write_text("mine")
     for name in (".model.json.new", ".model.safetensors.new", "model.json", "model.safetensors"):
         (where / name).symlink_to(outside)
-    files.write_folder(where, "model", {}, {"x": 1})
+    files.write_folder(where, "model", {"a": torch.zeros(1)}, {"x": 1})
     assert outside.read_text() == "mine" and files.read_folder(where, "model")[1]["x"] == 1
 
 
 def test_names_of_a_hostile_record_lead_nobody_out_of_the_folder(tmp_path):
     """The record of a save that seems to be cut off tells which files to put in place."""
     where = tmp_path / "saved"
-    files.write_folder(where, "model", {}, {"x": 1})
+    files.write_folder(where, "model", {"a": torch.zeros(1)}, {"x": 1})
     record = json.loads((where / "model.json").read_text())
     (where / "...").mkdir()
     (where / "x.new").write_text("theirs")
@@ -288,7 +288,7 @@ def test_names_of_a_hostile_record_lead_nobody_out_of_the_folder(tmp_path):
     record["beside"] = {"../../x": "0", "../x": "0", str(tmp_path / "x"): "0"}
     (where / ".model.json.new").write_text(json.dumps(files.sealed(record)))
     (where / "model.json").unlink()
-    files.write_folder(where, "model", {}, {"x": 2})
+    files.write_folder(where, "model", {"a": torch.zeros(1)}, {"x": 2})
     assert (tmp_path / "x").read_text() == "mine" and files.read_folder(where, "model")[1]["x"] == 2
 
 
