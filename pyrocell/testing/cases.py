@@ -75,6 +75,7 @@ class ModelCase:
         batch_size: int = 64,
         n_epochs_kl_warmup: int | None = None,
         plan: TrainingPlan | None = None,
+        resume: str | None = None,
     ) -> CellModel:
         """Train a model briefly, without a bar.
 
@@ -84,7 +85,7 @@ class ModelCase:
             The model.
         max_epochs
             By default that of the case.
-        batch_size, n_epochs_kl_warmup, plan
+        batch_size, n_epochs_kl_warmup, plan, resume
             As in ``CellModel.train``.
         """
         before, settings.progress = settings.progress, False
@@ -95,6 +96,7 @@ class ModelCase:
                 n_epochs_kl_warmup=n_epochs_kl_warmup,
                 device="cpu",
                 plan=plan,
+                resume=resume,
             )
         finally:
             settings.progress = before

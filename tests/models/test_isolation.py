@@ -169,6 +169,24 @@ def test_random_numbers_that_two_models_share_are_noticed():
     broken(IN_TURN, {"model": model}, "differs")
 
 
+def test_training_that_depends_on_more_than_is_saved_is_noticed():
+    """A count of steps that is no part of the parameters: a resumed training begins at nought again."""
+    plain = BatchVAE.model
+
+    def model(self, cells):
+        steps = self.__dict__.setdefault("steps", [])
+        steps.append(0)
+        pyro.factor("penalty", -1e-3 * len(steps) * self.theta.sum())
+        plain(self, cells)
+
+    broken("an interrupted training resumes to the bit", {"model": model}, "differs")
+
+
+def test_a_bad_step_that_is_taken_is_noticed(monkeypatch):
+    monkeypatch.setattr("pyrocell.infer.guard.FiniteGuard.is_finite", lambda self, loss: loss.isfinite())
+    broken("a step that is not finite leaves no trace", {}, "the step was not counted")
+
+
 @pytest.mark.parametrize(
     ("one", "two"),
     [
