@@ -538,7 +538,7 @@ def test_the_workflow_tests_the_lowest_and_the_newest_versions_and_audits_the_pi
         ".ci/versions ${{ matrix.which }}",
         "which: lowest",
         "which: newest",
-        "pip-audit -r constraints.txt",
+        "pip-audit --strict -r constraints.txt",
     ):
         assert words in text
     assert (ROOT / ".ci/versions").stat().st_mode & 0o100, "it can be run"

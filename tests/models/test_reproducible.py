@@ -15,7 +15,7 @@ import pytest
 from tests.models import reproducing
 from tests.models.test_contract import CASES
 
-FEW = ["SCVI", "PEAKVI"]
+FEW = ["SCVI"]
 
 
 def elsewhere(names, hash_seed):
