@@ -217,7 +217,7 @@ def test_truncated_and_sealed_anew(folder, name, tenth):
     refused(folder, match=name.replace(".", r"\."))
 
 
-def flips(name, n, seed=0):
+def flips(name, n):
     """Places of single bits, spread over a file: the first ones lie in its header."""
     size = (GOLDEN / "SCVI" / name).stat().st_size
     chosen = np.linspace(0, size - 1, n).astype(int)

@@ -17,11 +17,13 @@ import torch
 
 import pyrocell
 from pyrocell import SCVI, TrainingPlan
+from pyrocell.data import synthetic_iid
 from pyrocell.errors import LoadError, PyrocellWarning, SaveError, TrainingError
 from pyrocell.infer.interruption import Interruption
 from pyrocell.infer.trainer import Trainer
 from tests.models import killing
 from tests.models.killing import bits, make
+from tests.test_files import Killed, stop_at
 
 N_STEPS = killing.N_STEPS
 
@@ -203,6 +205,28 @@ def test_twenty_killed_trainings_are_resumed_to_the_bit(tmp_path):
     found = kill(tmp_path, 20, seed=2)
     assert found["killed"] == found["survived"] == 20
     assert found["resumed"] >= 12 and min(found[how] for how in ("step", "write", "time")) >= 6
+
+
+def test_wherever_saving_is_cut_off_a_whole_model_is_left_with_its_own_data(tmp_path):
+    """Two models of two data sets: parameters, record and data of one are never read with those of the other."""
+    models = []
+    for seed in (0, 1):
+        adata = synthetic_iid(n_cells=40, n_genes=20, n_proteins=0, n_regions=0, seed=seed)
+        SCVI.setup_anndata(adata, batch_key="batch")
+        models.append(SCVI(adata, n_hidden=4, n_latent=2))
+        models[-1].train(1)
+    told, found = [model.get_elbo() for model in models], []
+    for n in range(100):
+        models[0].save(tmp_path / f"{n}", save_anndata=True)
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, n, Killed())
+            try:
+                models[1].save(tmp_path / f"{n}", overwrite=True, save_anndata=True)
+            except Killed:
+                found.append(told.index(SCVI.load(tmp_path / f"{n}").get_elbo()))
+            else:
+                break
+    assert found == sorted(found) and set(found) == {0, 1} and len(found) > 9, found
 
 
 # ------------------------------------------------------------------------------------------------ a full disk
