@@ -11,6 +11,7 @@ __all__ = [
     "PyrocellError",
     "PyrocellWarning",
     "QueryError",
+    "SaveError",
     "SetupError",
     "TrainingError",
     "list_some",
@@ -43,6 +44,10 @@ class TrainingError(PyrocellError, RuntimeError):
 
 class LoadError(PyrocellError, ValueError):
     """A saved model cannot be read: missing, truncated, foreign, newer, or of another class."""
+
+
+class SaveError(PyrocellError, OSError):
+    """A model or checkpoint cannot be written, such as to a full disk; what was there before is untouched."""
 
 
 class PyrocellWarning(UserWarning):

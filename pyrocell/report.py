@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,11 +56,12 @@ padding: .4rem .9rem; } .cards strong { display: block; font-size: 1.25rem; } .w
 solid #d55e00; background: #fdf3ec; padding: .5rem .9rem; margin: .6rem 0; } .figures { display: grid;
 grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; } figure { margin: 0; }
 figure img { max-width: 100%; height: auto; display: block; } figcaption { color: #444; font-size: .92rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric:
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric:
 tabular-nums; } th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right;
 vertical-align: top; } th { text-align: right; } th:first-child, td:first-child, th[scope=row], .text {
-text-align: left; } .facts td { text-align: left; overflow-wrap: anywhere; } footer { margin: 2.5rem 0 1rem;
-color: #555; font-size: .9rem; } </style> </head> <body> <header> <h1>$title</h1> <p>$lead</p> $cards
+text-align: left; } .scroll, pre { overflow-x: auto; } .facts td { text-align: left; overflow-wrap: anywhere; }
+footer { margin: 2.5rem 0 1rem; color: #555; font-size: .9rem; } </style> </head> <body>
+<header> <h1>$title</h1> <p>$lead</p> $cards
 </header> <main> $body </main> <footer>Written by pyrocell on $date. This page is complete in itself and can
 be sent on as one file.</footer> </body> </html>
 """)
@@ -87,6 +89,8 @@ class Findings:
         Few numbers for the head of the page, as name and text.
     facts
         How the result came about: options, seed, versions, seconds.
+    manifest
+        Result of ``manifest``: the whole of it.
     messages
         Warnings that the reader must see.
     """
@@ -99,6 +103,7 @@ class Findings:
     check: PredictiveCheck | None = None
     cards: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, object] = field(default_factory=dict)
+    manifest: Mapping[str, object] = field(default_factory=dict)
     messages: Sequence[str] = ()
 
 
@@ -128,6 +133,7 @@ def write_report(path: str | Path, findings: Findings, *, title: str, lead: str 
         _differences(findings.table),
         _prediction(findings.check),
         _facts(findings.facts),
+        _manifest(findings.manifest),
     ]
     cards = "".join(f"<li><strong>{_text(v)}</strong>{_text(k)}</li>" for k, v in findings.cards.items())
     page = _PAGE.substitute(
@@ -283,6 +289,17 @@ def _facts(facts: Mapping[str, object]) -> str:
     return _section(
         "How it was made", f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
     )
+
+
+def _manifest(manifest: Mapping[str, object]) -> str:
+    if not manifest:
+        return ""
+    note = (
+        "<p>Versions, seed, data and all options, as they are saved with the model: with the same data (the SHA-256 "
+        "tells) and the same versions, the same machine gives the same model to the last bit.</p>"
+    )
+    text = _text(json.dumps(manifest, indent=2))
+    return _section("Manifest", f"{note}<details><summary>Show it</summary><pre>{text}</pre></details>")
 
 
 def _called(table: pd.DataFrame) -> pd.Series:

@@ -509,5 +509,40 @@ def test_constraints_pin_every_direct_dependency():
     assert wanted <= pinned
 
 
+def test_the_lowest_versions_are_the_bounds_of_the_package():
+    """`.ci/versions lowest` tests what setup.cfg promises."""
+    from configparser import ConfigParser
+
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    lines = "\n".join([config["options"]["install_requires"], extras["report"], extras["test"]]).split("\n")
+    bounds = {
+        normal(name): version for name, version in re.findall(r"([\w-]+) >= ([\w.]+)", "\n".join(lines))
+    }
+    text = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")
+    pins = {normal(name): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)$", text, re.M)}
+    assert {name: numbers(version) for name, version in pins.items()} == {
+        name: numbers(version) for name, version in bounds.items()
+    }
+
+
+def numbers(version: str) -> list[int]:
+    parts = [int(part) for part in version.split(".")]
+    return parts + [0] * (3 - len(parts))
+
+
+def test_the_workflow_tests_the_lowest_and_the_newest_versions_and_audits_the_pins():
+    text = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    for words in (
+        ".ci/versions ${{ matrix.which }}",
+        "which: lowest",
+        "which: newest",
+        "pip-audit --strict -r constraints.txt",
+    ):
+        assert words in text
+    assert (ROOT / ".ci/versions").stat().st_mode & 0o100, "it can be run"
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()

@@ -58,6 +58,13 @@ def test_quick_start_runs(page, tmp_path, monkeypatch):
     assert len(names["table"])
 
 
+def test_the_page_about_keeping_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks("docs/user_guide/keeping.md")
+    names = run([quick(block).replace("max_epochs=20", "max_epochs=2") for block in blocks])
+    assert names["manifest"]["trainings"][0]["n_epochs"] == 2
+
+
 def test_links_between_pages_lead_somewhere():
     rows = []
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:

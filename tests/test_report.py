@@ -85,6 +85,7 @@ def findings():
         check=check_predictions([(observed, draws)], feature_names=list("abc")),
         cards={"cells": "50"},
         facts={"seed": 7, "options": {"n_latent": 10}, **software_versions()},
+        manifest={"trainings": [{"data": "0123abcd", "options": {"optimizer": "<script>"}}]},
         messages=["lane and donor are confounded"],
     )
 
@@ -140,6 +141,7 @@ def test_page_tells_everything(page):
     assert software_versions()["torch"] in page.texts
     assert "500.0 nats per cell" in page.text
     assert "510.0 on cells held out" in page.text
+    assert "Manifest" in page.texts and '"data": "0123abcd"' in page.text
 
 
 def test_markers_are_the_surest_features_that_are_higher(page):

@@ -279,6 +279,7 @@ def _report(
         check=check,
         cards=cards | {"seconds in all": f"{time.perf_counter() - run.began:.0f}"},
         facts=_facts(run, args, model=model, source=source),
+        manifest=model.manifest() if hasattr(model, "manifest") else {},
         messages=run.messages,
     )
     lead = f"{args.model} was fitted to {adata.n_obs:,} cells ({source})."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pyrocell.data import preflight
 from pyrocell.data.base import Field, Reader, named_fields
+from pyrocell.data.content import content_hash
 from pyrocell.data.schema import Schema
 from pyrocell.data.slots import open_slots
 from pyrocell.data.turned import as_read
@@ -202,6 +204,11 @@ class Dataset:
         """Attributes of `Cells` that are the same in every minibatch, whichever its rows."""
         likes = [item for record in self.schema.fields.values() for item in record["cells"].items()]
         return frozenset(name for name, like in likes if like is not None and like.get("shared"))
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of all that the model reads of the data, as they were when it was first asked for."""
+        return content_hash(self)
 
     @property
     def names_now(self) -> pd.Index:

@@ -215,6 +215,8 @@ class Schema:
     def _check_types(self) -> None:
         """Raise a TypeError if what was read from a file has other types than what is written there."""
         _require(self.n_cells, int)
+        if self.n_cells < 1:
+            raise TypeError(f"{self.n_cells} is no number of cells")
         for part in (self.fields, self.setup, self.statistics):
             _require(part, dict)
         for record in self.fields.values():

@@ -30,6 +30,14 @@ class Progress:
     best_epoch: int = -1
     stale: int = 0
     bad_in_a_row: int = 0
+    within: int = 0
+    """Steps of the present epoch that are taken: above zero where training was interrupted between them."""
+    tally: dict[str, Any] = field(default_factory=dict)
+    """What they added up to."""
+    seconds: float = 0.0
+    """How long they took."""
+    culprits: list[str] = field(default_factory=list)
+    """What was not finite in the steps that were skipped: each once, the first few."""
     rows: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -49,7 +57,8 @@ def write_checkpoint(trainer: Trainer, folder: str | Path) -> None:
         "kind": "checkpoint",
         "options": trainer.options,
         "progress": vars(trainer.progress),
-        "shuffle": trainer.shuffle.bit_generator.state,
+        # Within an epoch that at its beginning: the same order comes again, and the steps taken are left out.
+        "shuffle": trainer.order_of_epoch if trainer.progress.within else trainer.shuffle.bit_generator.state,
         "optimizer": {"scalars": scalars, "lr": [float(g["lr"]) for g in trainer.optimizer.param_groups]},
         "plateau": _plateau(trainer),
     }
@@ -77,9 +86,13 @@ def read_checkpoint(trainer: Trainer, folder: str | Path) -> None:
         trainer.stream.state = tensors["stream"]
         trainer.shuffle.bit_generator.state = record["shuffle"]
         trainer.progress = Progress(**record["progress"])
+        if trainer.progress.within < 0:
+            raise ValueError(f"{trainer.progress.within} steps within the epoch")
+        if trainer.progress.within:
+            trainer.tally.resume(trainer.progress.tally)
         _load_optimizer(trainer.optimizer, _with_prefix(tensors, "optimizer."), record["optimizer"])
         trainer.plateau.load_state_dict({name: record["plateau"][name] for name in _plateau(trainer)})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise LoadError(
             f"The checkpoint in {folder} is damaged ({error!r}); start anew without resume."
         ) from error

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
-from pyrocell.errors import list_some
+from pyrocell import settings
+from pyrocell.errors import PyrocellWarning, TrainingError, list_some
 from pyrocell.infer.elbo import ElboTerms
 
-__all__ = ["FiniteGuard"]
+if TYPE_CHECKING:
+    from pyrocell.infer.checkpoint import Progress
+    from pyrocell.infer.trainer import Trainer
+
+__all__ = ["FiniteGuard", "report_skipped", "warn_of_skipped"]
+
+_MOST_NAMED = 5
 
 
 class FiniteGuard:
@@ -91,3 +100,52 @@ def _one_number_each(grads: list[torch.Tensor]) -> Iterable[torch.Tensor]:
     if grads and grads[0].device.type == "cpu":
         return (grad.sum() for grad in grads)
     return torch._foreach_norm(grads, float("inf"))
+
+
+def report_skipped(trainer: Trainer, n: int, culprit: str, in_a_row: int) -> None:
+    """Log steps that were skipped, remember what was not finite, and stop after too many in a row.
+
+    Parameters
+    ----------
+    trainer
+        Whose steps they were.
+    n
+        How many.
+    culprit
+        What was not finite.
+    in_a_row
+        How many there are in a row by now.
+
+    Raises
+    ------
+    TrainingError
+        After ``max_bad_steps`` in a row; the best finite state is restored: without early stopping, the last one.
+    """
+    progress = trainer.progress
+    settings.logger.warning("epoch %d: %d skipped, %s not finite", progress.epoch, n, culprit)
+    if culprit not in progress.culprits and len(progress.culprits) < _MOST_NAMED:
+        progress.culprits.append(culprit)
+    if in_a_row < trainer.plan.max_bad_steps:
+        return
+    best = trainer.best_state if trainer.early_stopping else None
+    trainer.module.load_state_dict(trainer.last_finite if best is None else best)
+    trainer.module.eval()
+    raise TrainingError(
+        f"{in_a_row} steps in a row had non-finite {culprit} (epoch {progress.epoch}). The model holds its "
+        f"{'last' if best is None else 'best'} finite state. Lower lr, set TrainingPlan(max_grad_norm=10), or look for "
+        "extreme values in the data."
+    )
+
+
+def warn_of_skipped(progress: Progress) -> None:
+    """Warn if any step of a training was skipped, and say because of what."""
+    n = int(sum(row["skipped_steps"] for row in progress.rows))
+    if n:
+        warnings.warn(
+            f"{n} training step{'s were' if n > 1 else ' was'} skipped because of non-finite "
+            f"{'; '.join(progress.culprits) or 'losses or gradients'}. They left no trace in the model; "
+            "model.history['skipped_steps'] and the log say when. If there are many, lower lr or set "
+            "TrainingPlan(max_grad_norm=10).",
+            PyrocellWarning,
+            stacklevel=4,
+        )

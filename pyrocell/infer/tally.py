@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -113,6 +114,27 @@ class Tally:
         in_a_row.add_(1).mul_(1 - taken)
         longest.copy_(torch.maximum(longest, in_a_row))
         self.broken += torch.stack([~term.detach().isfinite() for term in terms.sites.values()])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was added up so far as JSON values, which keep every digit."""
+        counts = {"n_cells": self.n_cells, "skipped": self.skipped}
+        parts = {name: getattr(self, name).tolist() for name in ("sums", "counters", "broken")}
+        return {"names": self.names, "sites": self.sites, **counts, **parts}
+
+    def resume(self, record: dict[str, Any]) -> None:
+        """Go on adding where `to_json` was called.
+
+        Parameters
+        ----------
+        record
+            What it returned.
+        """
+        self.names, self.sites = list(record["names"]), list(record["sites"])
+        self._allocate()
+        self.n_cells, self.skipped = int(record["n_cells"]), int(record["skipped"])
+        for name in ("sums", "counters", "broken"):
+            values = getattr(self, name)
+            values.copy_(torch.tensor(record[name], dtype=values.dtype))
 
     def read(self) -> Epoch:
         """Return what was added up; waits for the device."""

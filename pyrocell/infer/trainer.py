@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ import pandas as pd
 import torch
 
 from pyrocell import settings
-from pyrocell.errors import PyrocellWarning, TrainingError
+from pyrocell.errors import TrainingError
 from pyrocell.infer.capture import StepGraphs, can_be_recorded
 from pyrocell.infer.checkpoint import Progress, write_checkpoint
 from pyrocell.infer.elbo import Elbo, Population
-from pyrocell.infer.guard import FiniteGuard
+from pyrocell.infer.guard import FiniteGuard, report_skipped, warn_of_skipped
+from pyrocell.infer.interruption import Interruption
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.progress import ProgressBar
 from pyrocell.infer.streams import RandomStream, seeded
@@ -92,6 +93,7 @@ class Trainer:
         self.graphs = StepGraphs(elbo, self.optimizer, self.guard, self.tally) if recorded else None
         self.last_finite = self.snapshot()
         self.best_state: dict[str, torch.Tensor] | None = None
+        self.interruption, self.order_of_epoch = Interruption(), shuffle.bit_generator.state
 
     def fit(self, training: Minibatches, validation: Minibatches | None = None) -> pd.DataFrame:
         """Train until ``max_epochs`` or the early stop; returns the history, one row an epoch.
@@ -104,10 +106,12 @@ class Trainer:
         Raises
         ------
         TrainingError
-            After ``plan.max_bad_steps`` non-finite steps in a row; the last finite state is restored.
+            After ``plan.max_bad_steps`` non-finite steps in a row; the best finite state is restored.
+        KeyboardInterrupt, SystemExit
+            On SIGINT and SIGTERM, when a step is complete and a checkpoint is written, if the plan has a place for one.
         """
         bar = ProgressBar(self.max_epochs, self.progress.epoch)
-        with self.stream.active(), bar:
+        with self.stream.active(), bar, Interruption() as self.interruption:
             while self.progress.epoch < self.max_epochs and not self._stopped_early():
                 row = self._train_epoch(training)
                 if validation is not None and self._validates():
@@ -119,7 +123,7 @@ class Trainer:
         if self.early_stopping and self.best_state is not None:
             self.module.load_state_dict(self.best_state)
         self.module.eval()
-        self._warn_of_skipped_steps()
+        warn_of_skipped(self.progress)
         return self.history()
 
     def history(self) -> pd.DataFrame:
@@ -128,25 +132,30 @@ class Trainer:
 
     def _train_epoch(self, training: Minibatches) -> dict[str, float]:
         self.module.train()
-        begin, weight = time.perf_counter(), 0.0
-        self.tally.begin()
-        for cells in training(self.shuffle):
+        began = time.perf_counter() - self.progress.seconds
+        self.order_of_epoch = self.shuffle.bit_generator.state
+        if not self.progress.within:
+            self.tally.begin()
+        for cells in islice(training(self.shuffle), self.progress.within, None):
             weight = self.plan.kl_weight(self.progress.epoch, self.progress.step, self.n_epochs_kl_warmup)
             if self.graphs is None or not self.graphs.replay(cells, weight, self.plan.products(self.device)):
                 self._step(cells.load(), weight)
             self.progress.step += 1
+            self.progress.within += 1
+            self._stop_if_asked(began)
         if self.graphs is not None:
             self.graphs.end_epoch()
         epoch = self.tally.read()
+        weight = self.plan.kl_weight(self.progress.epoch, self.progress.step - 1, self.n_epochs_kl_warmup)
         if epoch.skipped_on_device:
-            self._report_bad_steps(epoch.skipped_on_device, epoch.culprit, epoch.longest)
+            report_skipped(self, epoch.skipped_on_device, epoch.culprit, epoch.longest)
         return {
             "epoch": self.progress.epoch,
             "elbo_train": sum(list(epoch.means.values())[:3]),
             **{f"{name}_train": mean for name, mean in epoch.means.items()},
             "kl_weight": weight,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "seconds": time.perf_counter() - begin,
+            "seconds": time.perf_counter() - began,
             "skipped_steps": epoch.skipped,
         }
 
@@ -164,23 +173,24 @@ class Trainer:
             self.guard.undo()
             self.tally.skip()
             self.progress.bad_in_a_row += 1
-            self._report_bad_steps(1, self.guard.culprit(terms), self.progress.bad_in_a_row)
+            report_skipped(self, 1, self.guard.culprit(terms), self.progress.bad_in_a_row)
             return
         self.progress.bad_in_a_row = 0
         self.optimizer.step()
         self.tally.add(terms)
 
-    def _report_bad_steps(self, n: int, culprit: str, in_a_row: int) -> None:
-        """Log steps that were skipped, and stop after too many in a row."""
-        settings.logger.warning("epoch %d: %d skipped, %s not finite", self.progress.epoch, n, culprit)
-        if in_a_row >= self.plan.max_bad_steps:
-            self.module.load_state_dict(self.last_finite)
-            self.module.eval()
-            raise TrainingError(
-                f"{in_a_row} steps in a row had non-finite {culprit} (epoch {self.progress.epoch}). The model holds "
-                "its last finite state. Lower lr, set TrainingPlan(max_grad_norm=10), or look for extreme values in "
-                "the data."
-            )
+    def _stop_if_asked(self, began: float) -> None:
+        """Leave a checkpoint, if there is a place for one, and let an interruption have its way."""
+        if self.interruption.asked is None:
+            return
+        where = "nothing was written"
+        if self.plan.checkpoint is not None:
+            self.progress.tally = self.tally.to_json()
+            self.progress.seconds = time.perf_counter() - began
+            write_checkpoint(self, self.plan.checkpoint)
+            where = f"go on with resume={str(self.plan.checkpoint)!r}"
+        settings.logger.warning("epoch %d: training was interrupted; %s", self.progress.epoch, where)
+        self.interruption.deliver()
 
     def _validates(self) -> bool:
         last = self.progress.epoch == self.max_epochs - 1
@@ -225,6 +235,7 @@ class Trainer:
     def _finish_epoch(self, row: dict[str, float]) -> None:
         self.progress.rows.append(row)
         self.progress.epoch += 1
+        self.progress.within, self.progress.tally, self.progress.seconds = 0, {}, 0.0
         state = self.module.state_dict()  # skipped steps left no trace in it
         if all(bool(t.sum().isfinite()) for t in state.values()):  # a sum tells of all, in one pass
             for name, t in state.items():  # into the memory of the last one: parameters may be large
@@ -237,13 +248,3 @@ class Trainer:
     def snapshot(self) -> dict[str, torch.Tensor]:
         """Copy the state of the module."""
         return {name: t.detach().clone() for name, t in self.module.state_dict().items()}
-
-    def _warn_of_skipped_steps(self) -> None:
-        n = int(sum(row["skipped_steps"] for row in self.progress.rows))
-        if n:
-            warnings.warn(
-                f"{n} training steps were skipped because of non-finite losses or gradients; see "
-                "model.history['skipped_steps'] and the log for the sites and parameters.",
-                PyrocellWarning,
-                stacklevel=3,
-            )

@@ -146,7 +146,17 @@ def unpack(packed: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return {key: unpack(item, tensors) for key, item in packed.items()}
     try:
         return _unpack_kind(packed, tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except LoadError:
+        raise
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        ImportError,
+        MemoryError,
+    ) as error:
         raise LoadError(
             f"A constructor argument is damaged ({error!r}); copy the folder or save again."
         ) from error
@@ -157,10 +167,14 @@ def _unpack_kind(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) ->
     if kind == "tensor":
         return tensors[packed["name"]]
     if kind == "array":
-        stored = tensors[packed["name"]].numpy().tobytes()
-        return np.frombuffer(stored, dtype=np.dtype(packed["dtype"])).reshape(packed["shape"]).copy()
+        stored, dtype = tensors[packed["name"]].numpy().tobytes(), _dtype(packed["dtype"], "biuf")
+        return np.frombuffer(stored, dtype=dtype).reshape(packed["shape"]).copy()
     if kind == "text":
-        return np.array(values, dtype=np.dtype(packed["dtype"])).reshape(packed["shape"])
+        dtype = _dtype(packed["dtype"], "UO")
+        longest = max((len(item) for item in values or () if item is not None), default=0)
+        if dtype.itemsize > max(1024, 64 * longest):
+            raise ValueError(f"texts of at most {longest} letters in entries of {dtype.itemsize} bytes")
+        return np.array(values, dtype=dtype).reshape(packed["shape"])
     if kind == "texts":
         return pd.array(list(packed["values"]), dtype=packed["dtype"])
     if kind == "categorical":
@@ -180,6 +194,14 @@ def _unpack_kind(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) ->
         frame.columns = columns
         return frame
     raise ValueError(f"unknown kind {kind!r}")
+
+
+def _dtype(name: object, kinds: str) -> np.dtype[Any]:
+    """Return a type of numbers or text by the name that `pack` gives it, and of nothing else."""
+    dtype = np.dtype(name) if isinstance(name, str) else None
+    if dtype is None or dtype.kind not in kinds:
+        raise ValueError(f"{name!r} is no type of numbers or text")
+    return dtype
 
 
 def shortened(value: object) -> str:

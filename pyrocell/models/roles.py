@@ -21,6 +21,7 @@ _PLUMBING = frozenset(
         "finish",
         "guide",
         "model",
+        "note_training",
         "plate",
         "require_data",
         "require_same_cells",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import platform
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,14 @@ import torch
 from pyrocell import files
 from pyrocell.data import Schema
 from pyrocell.data.registration import complete_setup
-from pyrocell.data.slots import is_mudata
+from pyrocell.data.storing import data_file_of, read_data, write_data
 from pyrocell.errors import LoadError
 from pyrocell.infer.freezing import freeze
 from pyrocell.infer.landmarks import Landmarks
+from pyrocell.models.manifest import versions
 from pyrocell.models.novelty import find_landmarks
 from pyrocell.models.packing import pack, unpack
+from pyrocell.models.soundness import check_record, check_tensors, no_more_than, with_prefix
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,18 +29,7 @@ if TYPE_CHECKING:
 
     from pyrocell.models.base import CellModel
 
-__all__ = ["load", "read", "save", "versions"]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("pyrocell", "torch", "pyro-ppl", "anndata", "numpy", "scipy", "pandas"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree
-            found[package] = "unknown"
-    return found
+__all__ = ["load", "read", "save"]
 
 
 def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata: bool) -> None:
@@ -49,6 +39,8 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
         raise FileExistsError(
             f"{folder} holds a saved model already; choose another folder or give overwrite=True."
         )
+    data = model.require_data(None).adata if save_anndata else None
+    data_file = "" if data is None else data_file_of(data)  # that of a model before is not this one's
     arrays: dict[str, torch.Tensor] = {}
     record = {
         "kind": "model",
@@ -61,8 +53,9 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
         "history": _history_to_json(model.history),
         "mapping": model.mapping,
         "training_defaults": {name: vars(model)[name] for name in _DEFAULTS if name in vars(model)},
-        "data_file": _data_file(model) if save_anndata else "",  # that of a model before is not this one's
+        "data_file": data_file,
         "versions": versions(),
+        "manifest": model.manifest(),
     }
     tensors = {f"module.{name}": t for name, t in model.module.state_dict().items()}
     tensors |= {f"trainable.{name}": mask for name, mask in (model.trainable or {}).items()}
@@ -72,9 +65,8 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
     tensors["stream"] = model.stream.state
     tensors["train_indices"] = torch.from_numpy(model.train_indices)
     tensors["validation_indices"] = torch.from_numpy(model.validation_indices)
-    files.write_folder(folder, "model", tensors, record)
-    if save_anndata:
-        model.require_data(None).adata.write(folder / _data_file(model))
+    beside = {} if data is None else {data_file: partial(write_data, data)}
+    files.write_folder(folder, "model", tensors, record, beside=beside)
 
 
 def load(
@@ -86,7 +78,7 @@ def load(
     if device is not None:
         model.module.to(device)
     if adata is None and record["data_file"]:
-        adata = _read_data(folder / record["data_file"])
+        adata = read_data(files.beside_path(folder, record, record["data_file"]))
     if adata is not None:
         model.attach(adata)
     return model
@@ -96,12 +88,14 @@ def read(model_class: type[CellModel], folder: str | Path) -> tuple[CellModel, d
     """Read a model without data, and the record beside its tensors."""
     folder = Path(folder)
     tensors, record = files.read_folder(folder, "model")
-    _check_record(model_class, folder, record)
+    check_record(model_class, folder, record)
     try:
         record["constructor"] = unpack(record["constructor"], tensors)
-        model = _from_record(model_class, record)
+        with no_more_than(sum(tensor.nbytes for tensor in tensors.values())):
+            model = _from_record(model_class, record)
+        check_tensors(model, tensors, record)
         _fill(model, tensors, record)
-    except LoadError as error:
+    except (LoadError, RecursionError) as error:
         raise LoadError(f"{folder / 'model.json'}: {error}") from error
     return model, record
 
@@ -126,26 +120,23 @@ def _from_record(model_class: type[CellModel], record: dict[str, Any]) -> CellMo
 
 def _fill(model: CellModel, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
     """Put parameters, random stream and history in place."""
-    own = ("stream", "train_indices", "validation_indices")
-    if missing := [name for name in own if name not in tensors]:
-        raise LoadError(f"The tensors {missing} are missing from model.safetensors; save the model again.")
-    state = _with_prefix(tensors, "module.")
-    try:
-        model.module.load_state_dict(state)
-    except RuntimeError as error:
-        raise LoadError(f"The tensors do not fit a {type(model).__name__}: {error}") from error
+    model.module.load_state_dict(with_prefix(tensors, "module."))
     model.module.eval()
     model.stream.state = tensors["stream"]
-    model.train_indices, model.validation_indices = (tensors[name].numpy() for name in own[1:])
+    manifest = record.get("manifest", {})
+    model.made_with = manifest.get("versions", record.get("versions"))
+    model.trainings = tuple(manifest.get("trainings", ()))
+    for name in ("train_indices", "validation_indices"):
+        setattr(model, name, tensors[name].numpy())
     model.is_trained, model.cell_names = record["is_trained"], record["cell_names"]
     for name, value in record.get("training_defaults", {}).items():
         if name in _DEFAULTS and isinstance(value, int):
             setattr(model, name, value)
     model.mapping = record.get("mapping")
     if model.mapping is not None and model.mapping["frozen"]:
-        model.trainable = _with_prefix(tensors, "trainable.")
+        model.trainable = with_prefix(tensors, "trainable.")
         freeze(model.module, model.trainable)
-    if landmarks := _with_prefix(tensors, "landmarks."):
+    if landmarks := with_prefix(tensors, "landmarks."):
         model.landmarks = Landmarks(**landmarks)
     try:
         model.history = _history_from_json(record["history"])
@@ -153,77 +144,23 @@ def _fill(model: CellModel, tensors: dict[str, torch.Tensor], record: dict[str, 
         raise LoadError(f"The history is damaged: {error}.") from error
 
 
-def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _read_anndata(path: Path) -> AnnData:
-    from anndata import read_h5ad
-
-    return read_h5ad(path)
-
-
-def _read_mudata(path: Path) -> MuData:
-    import mudata
-
-    # As it was written: by default, mudata copies columns of the modalities while reading.
-    with mudata.set_options(pull_on_update=False):
-        return mudata.read_h5mu(path)
-
-
-def _data_file(model: CellModel) -> str:
-    return "mdata.h5mu" if is_mudata(model.require_data(None).adata) else "adata.h5ad"
-
-
-def _read_data(path: Path) -> AnnData | MuData:
-    """Read the saved data."""
-    try:
-        return _read_mudata(path) if path.suffix == ".h5mu" else _read_anndata(path)
-    except Exception as error:  # h5py and anndata raise many kinds on damaged files
-        raise LoadError(
-            f"{path} cannot be read ({error}); copy the whole folder again, or give the data with adata=."
-        ) from error
-
-
 # What a fitted model to start from changes of the class's training.
 _DEFAULTS = ("max_epochs_cap", "kl_warmup_cap")
-
-_RECORD = {
-    "class": str,
-    "constructor": dict,
-    "schema": dict,
-    "cell_names": list,
-    "seed": int,
-    "is_trained": bool,
-    "history": dict,
-    "data_file": str,
-}
-
-
-def _check_record(model_class: type[CellModel], folder: Path, record: dict[str, Any]) -> None:
-    path = folder / "model.json"
-    if missing := sorted({"kind", *_RECORD} - set(record)):
-        raise LoadError(f"{path} lacks {missing}; it is damaged, or not a saved model.")
-    if wrong := [name for name, kind in _RECORD.items() if not isinstance(record[name], kind)]:
-        name = wrong[0]
-        raise LoadError(
-            f"{path}: {name!r} is {record[name]!r}; expected {_RECORD[name].__name__}. The file is damaged; save again."
-        )
-    if record["class"] != model_class.__name__:
-        raise LoadError(
-            f"{folder} holds a {record['class']}, not a {model_class.__name__}; load it with "
-            f"{record['class']}.load({str(folder)!r})."
-        )
 
 
 def _history_to_json(history: pd.DataFrame) -> dict[str, list[float | None]]:
     return {
-        str(name): [None if math.isnan(value) else value for value in column.astype(float)]
+        str(name): [None if math.isnan(value) else value for value in column.tolist()]
         for name, column in history.items()
     }
 
 
 def _history_from_json(columns: dict[str, list[float | None]]) -> pd.DataFrame:
-    history = pd.DataFrame({name: np.array(values, dtype=float) for name, values in columns.items()})
+    history = pd.DataFrame({name: _column(values) for name, values in columns.items()})
     history.index.name = "epoch"
     return history
+
+
+def _column(values: list[float | None]) -> np.ndarray:
+    whole = bool(values) and all(type(value) is int for value in values)
+    return np.array(values, dtype=np.int64 if whole else float)

@@ -21,14 +21,14 @@ from pyrocell.infer.freezing import frozen_besides
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
 from pyrocell.infer.trainer import Trainer
-from pyrocell.models.core import ModelCore
+from pyrocell.models.manifest import Manifested, training_record
 
 __all__ = ["Training"]
 
 Minibatches = Callable[[np.random.Generator | None], Iterator[Population]]
 
 
-class Training(ModelCore):
+class Training(Manifested):
     """Mix-in of `CellModel`: training and its record."""
 
     def train(
@@ -72,7 +72,8 @@ class Training(ModelCore):
         device
             Such as ``"cpu"`` or ``"cuda:0"``; by default ``pyrocell.settings.device`` or the best one present.
         resume
-            Folder of a checkpoint (see ``TrainingPlan.checkpoint``) to go on from, exactly.
+            Folder of a checkpoint (see ``TrainingPlan.checkpoint``) to go on from, exactly. SIGTERM and an interruption
+            from the keyboard leave one too, from within the epoch.
         plan
             Everything else; by default the class's ``default_plan``. To change one option of it, give
             ``dataclasses.replace(model.default_plan, ...)``.
@@ -80,7 +81,11 @@ class Training(ModelCore):
         Raises
         ------
         TrainingError
-            If the options are impossible, or after repeated non-finite steps.
+            If the options are impossible, or after repeated non-finite steps: the model then holds its best finite
+            state.
+        SaveError
+            If a checkpoint cannot be written, such as to a full disk; the one before stays, and the model holds what it
+            has learned.
         """
         plan = self.default_plan if plan is None else plan
         if self.full_batch or self.has_local_parameters:
@@ -118,12 +123,18 @@ class Training(ModelCore):
             if resume is not None:
                 read_checkpoint(trainer, resume)
                 self.history = self.history.iloc[: trainer.progress.epochs_before]
+            content = dataset.content_hash if plan.hash_data else None
+            cells = {"n_train": n_train, "n_validation": len(validation), "data": content}
+            finished = False
             try:
                 with frozen_besides(self.module, trainer.optimizer, self.trainable):
                     trainer.fit(minibatches(training), minibatches(validation) if len(validation) else None)
+                finished = True
             finally:
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
+                if trainer.progress.rows:
+                    self.note_training(training_record(trainer, finished=finished, beside=cells))
 
     def _default_epochs(self, n_train: int) -> int:
         """Return the length of training: as many steps for each parameter, however many cells there are."""

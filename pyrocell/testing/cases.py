@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyrocell import settings
 from pyrocell.data.slots import is_mudata
 from pyrocell.infer.plan import TrainingPlan
+from pyrocell.testing.questions import questions
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -74,6 +75,7 @@ class ModelCase:
         batch_size: int = 64,
         n_epochs_kl_warmup: int | None = None,
         plan: TrainingPlan | None = None,
+        resume: str | None = None,
     ) -> CellModel:
         """Train a model briefly, without a bar.
 
@@ -83,7 +85,7 @@ class ModelCase:
             The model.
         max_epochs
             By default that of the case.
-        batch_size, n_epochs_kl_warmup, plan
+        batch_size, n_epochs_kl_warmup, plan, resume
             As in ``CellModel.train``.
         """
         before, settings.progress = settings.progress, False
@@ -94,6 +96,7 @@ class ModelCase:
                 n_epochs_kl_warmup=n_epochs_kl_warmup,
                 device="cpu",
                 plan=plan,
+                resume=resume,
             )
         finally:
             settings.progress = before
@@ -103,3 +106,8 @@ class ModelCase:
     def trained(self) -> CellModel:
         """A trained model, shared by checks that only ask."""
         return self.train(self.make())
+
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """What the trained model answers, by verb: asked once, for all checks that look at it."""
+        return {verb: ask() for verb, ask in questions(self.trained, self.arguments).items()}
