@@ -110,8 +110,7 @@ def baseline(adata: anndata.AnnData, truth: Truth) -> dict[str, Scores]:
 
 _CONTENDERS = {
     "VELOVI": Contender(OWN, SHORT),
-    "VELOVI, layers scaled before": Contender(OWN, SHORT | {"layers": "scaled"}),
-    "VELOVI, separate states": Contender(OWN, SHORT | {"state_coupling": "separate"}),
+    "VELOVI, joint states": Contender(OWN, SHORT | {"state_coupling": "joint"}),
     "scvi-tools": Contender(PEER, SHORT),
 }
 TASKS = {"velocity": SpecialTask("VELOVI", _CONTENDERS, known_order, score, baseline)}

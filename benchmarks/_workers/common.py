@@ -31,6 +31,7 @@ __all__ = [
     "measure_quality",
     "measure_speed",
     "negative_binomial_log_prob",
+    "seconds_of_steps",
 ]
 
 RESULT = "BENCHMARK-RESULT "
@@ -47,6 +48,16 @@ SMALL_SCBASSET: dict[str, Any] = {
 """A network for 1,000 short sequences."""
 
 _BLOCK = 1024
+
+
+def seconds_of_steps(make: Callable[[], Any], few: int = 50, many: int = 350) -> list[float]:
+    """Seconds of a step of a model that trains on all data at once: a longer training less a shorter one."""
+    totals = []
+    for n in (few, few, many):  # the first one also pays for thread pools and compilation
+        model, start = make(), time.perf_counter()
+        model.train(n)
+        totals.append(time.perf_counter() - start)
+    return [(totals[2] - totals[1]) / (many - few)] * 2
 
 
 def marker_table(model: str, adata: anndata.AnnData) -> list[Any]:

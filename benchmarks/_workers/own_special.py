@@ -79,8 +79,7 @@ def cell_map(adata: anndata.AnnData, options: Options) -> Answer:
 def velocity(adata: anndata.AnnData, options: Options) -> Answer:
     """Fit the kinetics; velocities and fits are told on the scale from 0 to 1."""
     epochs, draws = options.pop("epochs"), options.pop("n_samples")
-    suffix = "_scaled" if options.pop("layers", None) == "scaled" else ""
-    layers = {"spliced": f"Ms{suffix}", "unspliced": f"Mu{suffix}"}
+    layers = {"spliced": "Ms", "unspliced": "Mu"}
     pyrocell.VELOVI.setup_anndata(adata, **{f"{name}_layer": layer for name, layer in layers.items()})
     model = pyrocell.VELOVI(adata, **options)
     _train(model, epochs, early_stopping=False)

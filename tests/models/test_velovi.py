@@ -402,6 +402,19 @@ def test_data_are_read_on_the_scale_of_training(fitted):
     )
 
 
+def test_the_unit_of_the_layers_means_nothing():
+    """Each gene in a unit of its own, powers of two, which change no digit: the same fit, told in that unit."""
+    adata = simulate(n_cells=160, n_genes=12)[0]
+    unit = np.exp2(np.random.default_rng(0).integers(-6, 7, 12)).astype(np.float32)
+    other = adata.copy()
+    other.layers["Ms"] = other.layers["Ms"] * unit
+    one, two = make(adata), make(other)
+    np.testing.assert_array_equal(
+        two.get_velocity(return_numpy=True), one.get_velocity(return_numpy=True) * unit
+    )
+    pd.testing.assert_frame_equal(one.get_rates(), two.get_rates())
+
+
 def test_transcription_that_changes_in_time():
     model = make(time_dependent_transcription=True)
     assert {"alpha_start", "kappa"} <= set(model.get_rates())
