@@ -61,7 +61,14 @@ def with_unlisted(seed: int) -> tuple[anndata.AnnData, Truth]:
 
 def score(adata: anndata.AnnData, truth: Truth, answer: Answer) -> Scores:
     """Accuracy and calibration over all cells, and over those of the four types alone."""
-    return _scores(answer["probabilities"], answer["types"].astype(str), truth["types"])
+    names = answer["types"].astype(str)
+    found = _scores(answer["probabilities"], names, truth["types"])
+    if "effects" in answer:  # T cells and cytotoxic ones have both of these, natural killer cells neither
+        effects = pd.DataFrame(answer["effects"], answer["genes"].astype(str), names)
+        for gene in ("CD3D", "CD8A"):
+            found[f"log fold change of {gene}, cytotoxic"] = float(effects.loc[gene, "cytotoxic"])
+        found["log fold change of CD3D, T"] = float(effects.loc["CD3D", "T"])
+    return found
 
 
 def _scores(probabilities: np.ndarray, names: np.ndarray, types: np.ndarray) -> Scores:

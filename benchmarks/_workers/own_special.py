@@ -39,7 +39,13 @@ def types(adata: anndata.AnnData, options: Options) -> Answer:
     model = pyrocell.CellAssign(adata, markers, **options)
     _train(model)
     table = model.predict()
-    return {"probabilities": table.to_numpy(), "types": np.array(table.columns, dtype=str)}
+    effects = model.get_marker_effects()
+    return {
+        "probabilities": table.to_numpy(),
+        "types": np.array(table.columns, dtype=str),
+        "effects": effects.to_numpy(),
+        "genes": np.array(effects.index, dtype=str),
+    }
 
 
 def spots(adata: anndata.AnnData, options: Options) -> Answer:
