@@ -76,7 +76,7 @@ def planted(seed: int) -> tuple[anndata.AnnData, Truth]:
     held_out[rng.permutation(len(kept))[:N_HELD_OUT]] = True
     adata.var["held_out"] = held_out
     adata.uns["background"] = shuffle_dna(codes[rng.choice(len(kept), N_BACKGROUND, replace=False)], rng)
-    adata.uns["sites"] = dict(SITES)
+    adata.uns["sites"] = np.array(list(SITES.values()))  # a mapping would be read back in another order
     truth = {"chance": chance[kept], "kind": kind, "activity": activity, "log_odds": logit[kept].mean(0)}
     return adata, truth | {"sites": sites[kept], "seen": is_open[kept].astype(float), "held_out": held_out}
 

@@ -118,11 +118,12 @@ def dna(adata: anndata.AnnData, options: Options) -> Answer:
     fasta = Path("background.fa")
     letters = ["".join("ACGTN"[c] for c in row) for row in adata.uns["background"]]
     fasta.write_text("".join(f">b{i}\n{row}\n" for i, row in enumerate(letters)))
+    sites = {str(site): str(site) for site in adata.uns["sites"]}
     return {
         "chance": model.posterior("accessibility", indices=held),
         "latent": model.get_latent_representation(),
         "bias": np.asarray(model.get_cell_bias()),
-        "activity": model.get_tf_activity(dict(adata.uns["sites"]), background=fasta).to_numpy(),
+        "activity": model.get_tf_activity(sites, background=fasta)[list(sites)].to_numpy(),
     }
 
 

@@ -141,7 +141,7 @@ def dna(adata: anndata.AnnData, options: Options) -> Answer:
 
     background = np.asarray(adata.uns["background"]).astype(int)
     before, activity = logits(background), []
-    for site in adata.uns["sites"].values():
+    for site in map(str, adata.uns["sites"]):
         changed, start = background.copy(), (background.shape[1] - len(site)) // 2
         changed[:, start : start + len(site)] = ["ACGT".index(base) for base in site]
         activity.append((logits(changed) - before).mean(0))

@@ -144,8 +144,9 @@ class Tangram(CellModel):
         if target_count is not None:
             # All start alike: from random ones, the penalty on undecided cells would decide by chance.
             self.filter_logits = nn.Parameter(torch.full((n_cells,), target_count / n_cells).logit(eps=0.01))
+        # All spots alike: noise here would stay in the map of a short training.
         self.mapping_logits = nn.Parameter(
-            torch.randn(n_labels if mode == "clusters" else n_cells, len(spatial))
+            torch.zeros(n_labels if mode == "clusters" else n_cells, len(spatial))
         )
         self.cell_parameters = () if mode == "clusters" else ("mapping_logits",)
 
