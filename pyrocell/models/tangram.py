@@ -90,8 +90,8 @@ class Tangram(CellModel):
     When not to use it: for uncertainty (it has none), for absolute cell numbers, where the cells of the tissue are not
     among the single cells, or with some tens of genes.
 
-    Departures from the original: cells are scaled to one depth; ``lambda_g2`` alone weighs the similarity of spots; the
-    filter starts alike for all cells.
+    Departures from the original: cells are scaled to one depth; ``lambda_g2`` alone weighs the similarity of spots;
+    mapping and filter start alike for all cells.
 
     References
     ----------
