@@ -32,6 +32,7 @@ MODELS = (
     "CellAssign",
     "RNAStereoscope",
     "SpatialStereoscope",
+    "Tangram",
 )
 MINIBATCHES = {"TOTALVI": 256, "VELOVI": 256, "CellAssign": 1024}
 
@@ -78,6 +79,19 @@ def _kinetics(n_cells: int, n_genes: int = 500, seed: int = 0) -> anndata.AnnDat
         layers[name] = ((values - low) / (values.max(0) - low)).astype(np.float32)
     obs = pd.DataFrame(index=[f"cell{i}" for i in range(n_cells)])
     return anndata.AnnData(layers["Ms"], obs=obs, layers=layers)
+
+
+def _spots(n_cells: int, n_spots: int = 300, seed: int = 0) -> anndata.AnnData:
+    """Simulate cells with 500 genes, and spots of ten of them each."""
+    rng = np.random.default_rng(seed)
+    adata = simulate(n_cells, 500, seed=seed)
+    chosen = rng.integers(adata.n_obs, size=(n_spots, 10))
+    sums = np.stack([np.asarray(adata.X[rows].sum(0)).ravel() for rows in chosen])
+    seen = (sums.sum(0) > 0) & (np.asarray(adata.X.sum(0)).ravel() > 0)
+    adata = adata[:, seen].copy()
+    names = [f"spot{v}" for v in range(n_spots)]
+    adata.uns["spots"] = pd.DataFrame(sums[:, seen], names, list(adata.var_names))
+    return adata
 
 
 def _peaks(n_cells: int, n_peaks: int = 512, seed: int = 0) -> anndata.AnnData:
@@ -160,7 +174,7 @@ def main() -> int:
     report: dict[str, Any] = {}
     print(f"{'':20}{'pyrocell, s':>16}{'scvi-tools, s':>16}{'ratio':>12}")
     with tempfile.TemporaryDirectory() as folder:
-        kinds = {"PEAKVI": _regions, "VELOVI": _kinetics, "SCBASSET": _peaks}
+        kinds = {"PEAKVI": _regions, "VELOVI": _kinetics, "SCBASSET": _peaks, "Tangram": _spots}
         files: dict[str, Path] = {}
         for model in options.only.split(","):
             make = kinds.get(model, _cells)

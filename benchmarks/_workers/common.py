@@ -23,6 +23,7 @@ from scipy.special import gammaln
 __all__ = [
     "RESULT",
     "SIZES",
+    "SMALL_SCBASSET",
     "Contender",
     "Job",
     "main",
@@ -30,14 +31,33 @@ __all__ = [
     "measure_quality",
     "measure_speed",
     "negative_binomial_log_prob",
+    "seconds_of_steps",
 ]
 
 RESULT = "BENCHMARK-RESULT "
 """Marks the one line of standard output that the driver reads."""
 SIZES: dict[str, dict[str, int]] = {"SCBASSET": {"n_filters_init": 64}}
 """Options of the constructors where the defaults would take minutes an epoch; both sides know them by these names."""
+SMALL_SCBASSET: dict[str, Any] = {
+    "n_bottleneck_layer": 16,
+    "n_filters_init": 24,
+    "n_repeat_blocks_tower": 4,
+    "filters_mult": 1.0,
+    "n_filters_pre_bottleneck": 24,
+}
+"""A network for 1,000 short sequences."""
 
 _BLOCK = 1024
+
+
+def seconds_of_steps(make: Callable[[], Any], few: int = 50, many: int = 350) -> list[float]:
+    """Seconds of a step of a model that trains on all data at once: a longer training less a shorter one."""
+    totals = []
+    for n in (few, few, many):  # the first one also pays for thread pools and compilation
+        model, start = make(), time.perf_counter()
+        model.train(n)
+        totals.append(time.perf_counter() - start)
+    return [(totals[2] - totals[1]) / (many - few)] * 2
 
 
 def marker_table(model: str, adata: anndata.AnnData) -> list[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-from common import RESULT, SIZES, marker_table
+from common import RESULT, SIZES, marker_table, seconds_of_steps
 
 import pyrocell
 
@@ -17,6 +17,9 @@ import pyrocell
 def _set_up(name: str, adata: anndata.AnnData) -> Any:
     if name == "SpatialStereoscope":
         return _spots(adata)
+    if name == "Tangram":
+        pyrocell.Tangram.setup_anndata(adata)
+        return pyrocell.Tangram(adata, adata.uns["spots"])
     model_class = getattr(pyrocell, name)
     arguments: dict[str, Any] = {"batch_key": "batch"}
     if name == "VELOVI":
@@ -50,11 +53,18 @@ def main() -> None:
     pyrocell.settings.progress = False
     pyrocell.settings.device = "cpu"
     pyrocell.settings.seed = job["seed"]
-    model = _set_up(job["model"], anndata.read_h5ad(job["data"]))
+    adata = anndata.read_h5ad(job["data"])
+    print(RESULT + json.dumps({"epoch_seconds": _epoch_seconds(adata, job)}), flush=True)
+
+
+def _epoch_seconds(adata: anndata.AnnData, job: dict[str, Any]) -> list[float]:
+    if job["model"] == "Tangram":
+        return seconds_of_steps(lambda: _set_up("Tangram", adata))
+    model = _set_up(job["model"], adata)
     # No learning-rate plateau, which needs a validation in each epoch.
     plan = replace(model.default_plan, lr_plateau=False)
     model.train(job["epochs"], batch_size=job["batch_size"], early_stopping=False, plan=plan)
-    print(RESULT + json.dumps({"epoch_seconds": [float(s) for s in model.history["seconds"]]}), flush=True)
+    return [float(s) for s in model.history["seconds"]]
 
 
 if __name__ == "__main__":

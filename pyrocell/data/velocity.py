@@ -13,7 +13,7 @@ from pyrocell.errors import DataError, SetupError, list_some
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["filter_velocity_genes", "smooth_velocity_layers"]
+__all__ = ["filter_velocity_genes", "neighbor_graph", "smooth_velocity_layers"]
 
 _EXTREME = 0.05
 """Share of the cells at either end that the steady-state line is fitted on."""
@@ -51,7 +51,7 @@ def smooth_velocity_layers(
     DataError
         If counts are negative, missing or infinite, or a cell has none.
     """
-    graph = _graph(adata, neighbors_key)
+    graph = _averaging(neighbor_graph(adata, neighbors_key))
     for key, name in ((spliced_layer, "Ms"), (unspliced_layer, "Mu")):
         counts = sparse.csr_matrix(_layer(adata, key), dtype=np.float32)
         _check_counts(counts, key)
@@ -142,8 +142,21 @@ def _layer(adata: AnnData, key: str) -> Any:
     return adata.layers[key]
 
 
-def _graph(adata: AnnData, neighbors_key: str | None) -> Any:
-    """Return the weights that average over a cell and its neighbours, all alike."""
+def neighbor_graph(adata: AnnData, neighbors_key: str | None = None) -> sparse.csr_matrix:
+    """Return which cells are neighbours, as ``scanpy.pp.neighbors`` found them; no cell is its own.
+
+    Parameters
+    ----------
+    adata
+        Cells with a graph in ``obsp``.
+    neighbors_key
+        As in ``scanpy.pp.neighbors`` (its ``key_added``).
+
+    Raises
+    ------
+    SetupError
+        If the graph is not there.
+    """
     name = "neighbors" if neighbors_key is None else neighbors_key
     key = adata.uns.get(name, {}).get("connectivities_key", "connectivities")
     if key not in adata.obsp:
@@ -151,8 +164,18 @@ def _graph(adata: AnnData, neighbors_key: str | None) -> Any:
             f"adata.obsp has no {key!r}; expected the graph of scanpy.pp.neighbors. Call scanpy.pp.pca and "
             f"scanpy.pp.neighbors first.{what_there_is(key, adata.obsp)}"
         )
-    joined = (sparse.csr_matrix(adata.obsp[key]) + sparse.identity(adata.n_obs, format="csr")) > 0
-    return sparse.diags(1 / np.asarray(joined.sum(1)).ravel()) @ joined.astype(np.float32)
+    near = sparse.csr_matrix(adata.obsp[key]) > 0
+    near.setdiag(False)
+    near.eliminate_zeros()
+    return near
+
+
+def _averaging(near: sparse.csr_matrix) -> Any:
+    """Return the weights that average over a cell and its neighbours, all alike."""
+    joined = (
+        near.astype(np.float32) + sparse.identity(near.shape[0], dtype=np.float32, format="csr")
+    ).tocsr()
+    return sparse.diags(1 / np.asarray(joined.sum(1)).ravel()) @ joined
 
 
 def _check_counts(counts: sparse.csr_matrix, key: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-__all__ = ["direction_table", "spread_of_directions", "two_sample_t"]
+__all__ = ["direction_table", "expected_ways", "spread_of_directions", "two_sample_t"]
 
 
 def spread_of_directions(draws: torch.Tensor) -> torch.Tensor:
@@ -25,6 +25,34 @@ def spread_of_directions(draws: torch.Tensor) -> torch.Tensor:
     mean = draws.mean(0, keepdim=True)
     draws, mean = (part - part.mean(-1, keepdim=True) for part in (draws, mean))
     return torch.nn.functional.cosine_similarity(draws, mean, dim=-1)
+
+
+def expected_ways(velocity: torch.Tensor, ways: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Return where cells are expected to go, if they move to neighbours that lie in the direction of their velocity.
+
+    The probability to move to a neighbour is a softmax of the cosine of the angle between the velocity and the way
+    there; the way that cells without any direction would take is subtracted.
+
+    Parameters
+    ----------
+    velocity
+        Shape (n_samples, n_cells, n_features).
+    ways
+        From each cell to its neighbours, shape (n_cells, n_neighbors, n_features).
+    present
+        Which of the neighbours there are, shape (n_cells, n_neighbors): at least one for each cell.
+
+    Returns
+    -------
+    Tensor
+        Shape as of the velocity.
+    """
+    direction, unit = (torch.nn.functional.normalize(part, dim=-1) for part in (velocity, ways))
+    cosine = torch.einsum("sng,nkg->snk", direction, unit)
+    move = cosine.masked_fill(~present, -torch.inf).softmax(-1)
+    there = present.to(ways)
+    aimless = there / there.sum(-1, keepdim=True)
+    return torch.einsum("snk,nkg->sng", move - aimless, ways)
 
 
 def direction_table(cosine: np.ndarray, cells: pd.Index) -> pd.DataFrame:

@@ -129,7 +129,6 @@ class DnaQueries(Queries):
         background: str | Path | None = None,
         n_background: int = 1000,
         sample_sites: bool = False,
-        both_strands: bool = False,
         standardize: bool = True,
         seed: int | None = None,
     ) -> pd.DataFrame:
@@ -153,8 +152,6 @@ class DnaQueries(Queries):
             Number of background sequences to draw; those of a file are all taken.
         sample_sites
             Insert a site drawn from the motif into each sequence, instead of the likeliest one into all.
-        both_strands
-            Average over what the model predicts from either strand.
         standardize
             Bring the scores of each motif to mean 0 and standard deviation 1 over cells; else they are log odds.
         seed
@@ -178,7 +175,7 @@ class DnaQueries(Queries):
         sequences = backgrounds(self, adata, background, n_background, rng)
         sites_rng = rng if sample_sites else None
         with self.asking():
-            effects = motif_effects(self, known, sequences, rng=sites_rng, both_strands=both_strands)
+            effects = motif_effects(self, known, sequences, rng=sites_rng)
             scores = (self._responses(self.own_batch) @ effects.T).cpu().numpy()
         if standardize:
             spread = scores.std(0)

@@ -12,7 +12,6 @@ import torch
 
 from pyrocell.data import encode_dna, read_fasta, read_motifs, shuffle_dna
 from pyrocell.errors import DataError, PyrocellWarning, QueryError, list_some
-from pyrocell.nn.dna import reverse_complement
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -104,7 +103,6 @@ def motif_effects(
     sequences: np.ndarray,
     *,
     rng: np.random.Generator | None,
-    both_strands: bool,
 ) -> torch.Tensor:
     """Return the mean change of the embedding of sequences when a motif is put into their middle.
 
@@ -120,8 +118,6 @@ def motif_effects(
         Codes, shape (n_sequences, length).
     rng
         Draws a site for each sequence; without one, all get the likeliest.
-    both_strands
-        Whether to average over both strands.
 
     Returns
     -------
@@ -130,9 +126,8 @@ def motif_effects(
     """
 
     def mean_embedding(codes: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(codes).to(model.device)
-        strands = [tensor, reverse_complement(tensor)] if both_strands else [tensor]
-        return torch.stack([model.tower(strand).mean(0) for strand in strands]).mean(0)
+        mean: torch.Tensor = model.tower(torch.from_numpy(codes).to(model.device)).mean(0)
+        return mean
 
     before = mean_embedding(sequences)
     return torch.stack([mean_embedding(_with_motif(sequences, m, rng)) - before for m in motifs.values()])

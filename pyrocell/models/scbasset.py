@@ -77,7 +77,8 @@ class SCBASSET(DnaQueries, CellModel):  # type: ignore[misc]  # verbs over cells
     learns what DNA means; for new cells, which have no embedding.
 
     Departures from the original: early stopping watches the loss on held-out peaks and keeps the best weights; unknown
-    bases are a quarter of each base, not a random one; no activation on the bases themselves.
+    bases are a quarter of each base, not a random one; no activation on the bases themselves; queries read both
+    strands, and average the two embeddings.
 
     References
     ----------

@@ -90,8 +90,8 @@ class Tangram(CellModel):
     When not to use it: for uncertainty (it has none), for absolute cell numbers, where the cells of the tissue are not
     among the single cells, or with some tens of genes.
 
-    Departures from the original: cells are scaled to one depth; ``lambda_g2`` alone weighs the similarity of spots; the
-    filter starts alike for all cells.
+    Departures from the original: cells are scaled to one depth; ``lambda_g2`` alone weighs the similarity of spots;
+    mapping and filter start alike for all cells.
 
     References
     ----------
@@ -109,7 +109,8 @@ class Tangram(CellModel):
     full_batch = True
     max_epochs_cap = 1000
     default_lr = 0.1
-    default_plan = TrainingPlan(eps=1e-8, weight_decay=0.0)
+    # Gradients of the logits go with 1 / (cells x spots): the usual 1e-8 is above those of 20,000 x 3,000.
+    default_plan = TrainingPlan(eps=1e-14, weight_decay=0.0)
 
     def __init__(
         self,
@@ -143,8 +144,9 @@ class Tangram(CellModel):
         if target_count is not None:
             # All start alike: from random ones, the penalty on undecided cells would decide by chance.
             self.filter_logits = nn.Parameter(torch.full((n_cells,), target_count / n_cells).logit(eps=0.01))
+        # All spots alike: noise here would stay in the map of a short training.
         self.mapping_logits = nn.Parameter(
-            torch.randn(n_labels if mode == "clusters" else n_cells, len(spatial))
+            torch.zeros(n_labels if mode == "clusters" else n_cells, len(spatial))
         )
         self.cell_parameters = () if mode == "clusters" else ("mapping_logits",)
 

@@ -20,7 +20,7 @@ from pyrocell.models.roles import needs
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Velocities", "columns_of"]
+__all__ = ["Velocities", "check_choice", "columns_of"]
 
 Statistic = Literal["mean", "max"]
 Mode = Literal["spliced", "unspliced"]
@@ -72,7 +72,7 @@ class Velocities(Queries):
         DataFrame or ndarray
             Cells by genes; an array ``(n_samples, n_cells, n_genes)`` if not averaged.
         """
-        _check("velo_mode", velo_mode, ("spliced", "unspliced"))
+        check_choice("velo_mode", velo_mode, ("spliced", "unspliced"))
         name = str(self.velocity_site) + ("" if velo_mode == "spliced" else "_unspliced")
         question = Question(self, adata, indices, features=gene_list, batch_size=batch_size)
         values = self._kinetic(question, name, velo_statistic, n_samples, return_mean=return_mean)
@@ -121,7 +121,7 @@ class Velocities(Queries):
         DataFrame or ndarray
             Cells by genes; an array ``(n_samples, n_cells, n_genes)`` if not averaged.
         """
-        _check("off_time", off_time, ("start", "end"))
+        check_choice("off_time", off_time, ("start", "end"))
         question = Question(self, adata, indices, features=gene_list, batch_size=batch_size)
         name = "latent_time" if off_time == "start" else "latent_time_end"
         values = self._kinetic(question, name, time_statistic, n_samples, return_mean=return_mean)
@@ -252,7 +252,7 @@ class Velocities(Queries):
     def _kinetic(
         self, question: Question, name: str, statistic: Statistic, n_samples: int | None, *, return_mean: bool
     ) -> np.ndarray:
-        _check("The statistic", statistic, ("mean", "max"))
+        check_choice("The statistic", statistic, ("mean", "max"))
         site = name if statistic == "mean" else f"{name}_max"
         with self._decoded(n_samples):
             n = 1 if n_samples is None else n_samples
@@ -265,7 +265,8 @@ class Velocities(Queries):
         return (low, span) if question.features is None else (low[question.features], span[question.features])
 
 
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices."""
     if value not in choices:
         raise QueryError(f"{name} is {value!r}; expected {' or '.join(map(repr, choices))}.")
 

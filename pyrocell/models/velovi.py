@@ -42,7 +42,7 @@ class VELOVI(CellModel):
         pi_ng           ~ Dirichlet(0.25, 0.25, 0.25, 0.25)    induction, steady on, repression, steady off
         progress_ng     = sigmoid(f(z_n))                      through induction; another one through repression
         (u, s)_ngk      = solution of du/dt = alpha_g - beta_g u, ds/dt = beta_g u - gamma_g s in state k
-        (s_ng, u_ng)    ~ sum_k pi_ngk Normal(s_ngk, sd_s) Normal(u_ngk, sd_u)
+        s_ng            ~ sum_k pi_ngk Normal(s_ngk, sd_s)        and u_ng alike, see ``state_coupling``
         velocity_ng     = sum_k pi_ngk (beta_g u_ngk - gamma_g s_ngk)
 
     alpha is 0 after the switch time of the gene. The guide is Normal in z, from a network that sees s and u, and
@@ -63,8 +63,8 @@ class VELOVI(CellModel):
     linear_decoder
         Whether progress is a sigmoid of a linear function of z.
     state_coupling
-        ``"joint"``: spliced and unspliced RNA of a gene are in one state. ``"separate"``: each is in a state of its
-        own.
+        ``"separate"``: spliced and unspliced RNA of a gene are each in a state of its own, with the same probabilities.
+        ``"joint"``: both are in one state; on real data its velocities pointed less well.
     time_dependent_transcription
         Whether transcription goes from one rate to another during induction.
     t_max
@@ -94,10 +94,9 @@ class VELOVI(CellModel):
     with constant rates (mature tissue, bursts, strong batch effects), or to compare speeds between genes: each has a
     time unit of its own.
 
-    Departures from the original: one state for both kinds of RNA of a gene; the solution holds where rates are equal;
-    each gene is scaled inside the model; transcription starts from the data; variances of the guide are exponentials;
-    warm-up ends by default; without ``n_samples``, answers are at the posterior means; a gene that is off may count as
-    late (``off_time``).
+    Departures from the original: the solution holds where rates are equal; each gene is scaled inside the model;
+    transcription starts from the data; variances of the guide are exponentials; warm-up ends by default; without
+    ``n_samples``, answers are at the posterior means; a gene that is off may count as late (``off_time``).
 
     References
     ----------
@@ -128,7 +127,7 @@ class VELOVI(CellModel):
         n_layers: int = 1,
         dropout_rate: float = 0.1,
         linear_decoder: bool = False,
-        state_coupling: Coupling = "joint",
+        state_coupling: Coupling = "separate",
         time_dependent_transcription: bool = False,
         t_max: float = 20.0,
         penalty: float = 0.2,

@@ -76,7 +76,8 @@ class _Block(nn.Module):
 class DnaTower(nn.Module):
     """Embeddings of DNA sequences: a stem, a tower of convolutions, each of which halves the length, and a dense layer.
 
-    In training, each minibatch is read on one strand or the other, shifted by up to ``max_shift`` bases.
+    In training, each minibatch is read on one strand or the other, shifted by up to ``max_shift`` bases. In evaluation,
+    both strands are read, and the mean of the two embeddings is taken.
 
     Parameters
     ----------
@@ -148,7 +149,11 @@ class DnaTower(nn.Module):
         """
         if self.training:
             return self._embed(self._augmented(codes))
-        return torch.cat([self._embed(part) for part in codes.split(_AT_ONCE)])
+        return torch.cat([self._of_both_strands(part) for part in codes.split(_AT_ONCE)])
+
+    def _of_both_strands(self, codes: Tensor) -> Tensor:
+        """Read both strands: a site means the same on either, which a trained network does not quite know."""
+        return (self._embed(codes) + self._embed(reverse_complement(codes))) / 2
 
     def _embed(self, codes: Tensor) -> Tensor:
         x = self.blocks(self.bases[codes.int()].transpose(1, 2))

@@ -318,8 +318,6 @@ def test_motifs_from_files_and_options(fitted, tmp_path):
     assert not np.allclose(
         free, fitted.get_tf_activity({"any": np.full((8, 4), 0.25)}, n_background=5, seed=1)
     )
-    both = fitted.get_tf_activity(MOTIFS, n_background=5, both_strands=True, standardize=False)
-    assert not np.allclose(both, fitted.get_tf_activity(MOTIFS, n_background=5, standardize=False))
     assert not np.allclose(fitted.get_tf_activity(MOTIFS, n_background=5, seed=9), given)
 
 

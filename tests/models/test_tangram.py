@@ -235,6 +235,17 @@ def test_saved_and_loaded(fitted, tmp_path):
         again.project_genes(model.dataset.adata[::-1].copy())
 
 
+def test_steps_do_not_shrink_with_the_gradient():
+    """Gradients 10,000 times smaller, as of 10,000 times more cells x spots, lead to the same mapping."""
+    factor = 1e-4
+    small_weights = TangramWeights(lambda_g1=factor, lambda_d=factor)
+    one, two = (make(epochs=40, weights=weights) for weights in (None, small_weights))
+    start = make(epochs=1).get_mapper_matrix()
+    moved = (one.get_mapper_matrix() - start).abs().to_numpy().mean()
+    apart = (one.get_mapper_matrix() - two.get_mapper_matrix()).abs().to_numpy().mean()
+    assert apart < 0.02 * moved, (apart, moved)
+
+
 def test_training_habits():
     model = make(epochs=2)
     assert (model.history["lr"] == 0.1).all() and "elbo_validation" not in model.history

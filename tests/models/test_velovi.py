@@ -14,12 +14,13 @@ import torch
 from scipy.linalg import expm
 from scipy.special import digamma, gammaln, logsumexp
 from scipy.stats import norm, spearmanr, ttest_ind
+from sklearn.neighbors import kneighbors_graph
 
 import pyrocell
 from pyrocell import VELOVI
 from pyrocell.errors import DataError, PyrocellWarning, QueryError, SetupError
 from pyrocell.infer.effects import AtMean
-from pyrocell.models.directions import two_sample_t
+from pyrocell.models.directions import expected_ways, spread_of_directions, two_sample_t
 from pyrocell.models.kinetic_sites import STATES, Phases
 from pyrocell.nn import Rates, induction, repression
 
@@ -252,6 +253,15 @@ def test_the_fit_is_in_the_unit_of_the_layers(fitted):
     for fit, layer in ((s, "Ms"), (u, "Mu")):
         seen = adata.layers[layer]
         assert np.abs(fit.to_numpy() - seen).mean() < np.ptp(seen, axis=0).mean()
+    pi = fitted.get_state_assignment()[0]
+    cells = fitted.dataset.cells(np.arange(160))
+    with torch.no_grad():
+        z = fitted.encoder(torch.cat([cells.spliced, cells.unspliced], -1)).mean
+        phases = Phases.at(fitted.rates, fitted.switch_time, fitted.t_max, fitted.decoder(z))
+    for fit, layer, parts in ((s, "Ms", phases.spliced), (u, "Mu", phases.unspliced)):
+        of_states = np.stack([part.expand(160, 12).numpy() for part in parts], -1)
+        scaled, seen = (pi * of_states).sum(-1), adata.layers[layer]
+        np.testing.assert_allclose(fit, seen.min(0) + scaled * np.ptp(seen, axis=0), rtol=1e-3, atol=1e-4)
     rates = fitted.get_rates()
     assert list(rates) == ["alpha", "beta", "gamma", "switch_time"] and list(rates.index) == list(
         adata.var_names
@@ -270,6 +280,79 @@ def test_uncertainty_of_directions(fitted):
     assert np.abs(same.mean() - cosine.mean()) < 0.1
     with pytest.raises(QueryError, match="n_samples is 1"):
         fitted.get_directional_uncertainty(n_samples=1)
+    with pytest.raises(QueryError, match="kind is 'both'; expected 'intrinsic' or 'extrinsic'"):
+        fitted.get_directional_uncertainty(kind="both")
+
+
+def test_spread_is_the_cosine_with_the_mean():
+    draws = np.random.default_rng(0).normal(0.5, 1, (7, 5, 9))
+    found = spread_of_directions(torch.from_numpy(draws))
+    for n in range(5):
+        mean = draws[:, n].mean(0)
+        for i in range(7):
+            one, two = draws[i, n] - draws[i, n].mean(), mean - mean.mean()
+            cosine = one @ two / np.sqrt(one @ one) / np.sqrt(two @ two)
+            np.testing.assert_allclose(found[i, n], cosine, rtol=1e-10)
+
+
+def test_ways_are_those_of_the_transition_probabilities():
+    draw = np.random.default_rng(0)
+    velocity, ways = draw.normal(size=(3, 4, 6)), draw.normal(size=(4, 5, 6))
+    present = np.arange(5) < np.array([5, 1, 3, 2])[:, None]
+    found = expected_ways(*map(torch.from_numpy, (velocity, ways, present)))
+    for i in range(3):
+        for n in range(4):
+            there, v = ways[n][present[n]], velocity[i, n]
+            cosine = np.array([way @ v / np.linalg.norm(way) / np.linalg.norm(v) for way in there])
+            move = np.exp(cosine) / np.exp(cosine).sum()
+            expected = sum((p - 1 / len(there)) * way for p, way in zip(move, there, strict=True))
+            np.testing.assert_allclose(found[i, n], expected, rtol=1e-10, atol=1e-14)
+
+
+def _with_graph(fitted, degree=6):
+    """Add a graph of neighbours to the data of a model; the first cell has fewer than the others."""
+    adata = fitted.dataset.adata.copy()
+    near = kneighbors_graph(adata.layers["Ms"], degree, mode="distance").tolil()
+    near[0, near.rows[0][2:]] = 0
+    adata.obsp["mine"], adata.uns["mine"] = near.tocsr(), {"connectivities_key": "mine"}
+    return adata
+
+
+def test_extrinsic_uncertainty_is_that_of_the_ways_to_neighbours(fitted):
+    """Against the same draws, and the formula cell by cell in NumPy."""
+    adata, asked = _with_graph(fitted), [0, 7, 41]
+    chosen = {"indices": asked, "gene_list": ["gene3", "gene8", "gene1", "gene5"], "n_samples": 5}
+    table, cosine = fitted.get_directional_uncertainty(
+        adata, kind="extrinsic", neighbors_key="mine", **chosen
+    )
+    assert cosine.shape == (5, 3) and list(table.index) == [f"cell{n}" for n in asked]
+    genes, near = [3, 8, 1, 5], adata.obsp["mine"]
+    where = np.asarray(adata.layers["Ms"], dtype=np.float64)[:, genes]
+    draws = fitted.get_velocity(adata, clip=False, return_mean=False, batch_size=3, **chosen)
+    for place, n in enumerate(asked):
+        ways = where[near[n].indices] - where[n]
+        expected = []
+        for v in draws[:, place]:
+            move = np.exp(ways @ v / np.linalg.norm(ways, axis=1) / np.linalg.norm(v))
+            expected.append((move / move.sum() - 1 / len(ways)) @ ways)
+        centred = np.array(expected) - np.mean(expected, axis=1, keepdims=True)
+        mean = np.mean(expected, axis=0) - np.mean(expected)
+        found = centred @ mean / np.linalg.norm(centred, axis=1) / np.linalg.norm(mean)
+        np.testing.assert_allclose(cosine[:, place], found, rtol=1e-3, atol=1e-4)
+
+
+def test_extrinsic_uncertainty_needs_neighbours(fitted):
+    adata = _with_graph(fitted)
+    with pytest.raises(SetupError, match=r"obsp has no 'connectivities'.*scanpy\.pp\.neighbors"):
+        fitted.get_directional_uncertainty(adata, kind="extrinsic")
+    near = adata.obsp["mine"].tolil()
+    near[4] = 0
+    adata.obsp["mine"] = near.tocsr()
+    with pytest.raises(QueryError, match="1 cells have no neighbour to go to: 'cell4'"):
+        fitted.get_directional_uncertainty(adata, kind="extrinsic", neighbors_key="mine")
+    fitted.get_directional_uncertainty(
+        adata, indices=[5], kind="extrinsic", neighbors_key="mine", n_samples=2
+    )
 
 
 def test_permutation_scores_are_t_statistics(fitted):
@@ -319,10 +402,46 @@ def test_data_are_read_on_the_scale_of_training(fitted):
     )
 
 
+def test_the_unit_of_the_layers_means_nothing():
+    """Each gene in a unit of its own, powers of two, which change no digit: the same fit, told in that unit."""
+    adata = simulate(n_cells=160, n_genes=12)[0]
+    unit = np.exp2(np.random.default_rng(0).integers(-6, 7, 12)).astype(np.float32)
+    other = adata.copy()
+    other.layers["Ms"] = other.layers["Ms"] * unit
+    one, two = make(adata), make(other)
+    np.testing.assert_array_equal(
+        two.get_velocity(return_numpy=True), one.get_velocity(return_numpy=True) * unit
+    )
+    pd.testing.assert_frame_equal(one.get_rates(), two.get_rates())
+
+
 def test_transcription_that_changes_in_time():
     model = make(time_dependent_transcription=True)
     assert {"alpha_start", "kappa"} <= set(model.get_rates())
     assert np.isfinite(model.get_velocity(return_numpy=True)).all()
+
+
+def test_velocities_are_slopes_of_the_fit_where_transcription_changes_in_time():
+    """Finite differences in time, in float64: through induction with a ramp, and through repression after it."""
+    draw = np.random.default_rng(0)
+    rate = {
+        name: torch.from_numpy(draw.uniform(0.2, 2, 6))
+        for name in ("alpha", "beta", "gamma", "alpha_start", "kappa")
+    }
+    rates, switch, step = Rates(**rate), torch.full((6,), 8.0, dtype=torch.float64), 1e-5
+
+    def phases(up, down):
+        progress = (torch.full((1, 6), x, dtype=torch.float64) for x in (up / 8, down / 12))
+        return Phases.at(rates, switch, 20.0, tuple(progress))
+
+    for time in (0.5, 3.0, 7.5):
+        low, here, high = (phases(time + shift, time + shift) for shift in (-step, 0.0, step))
+        for state in (0, 2):
+            for name, slope in (("unspliced", "velocity_unspliced"), ("spliced", "velocity")):
+                change = (getattr(high, name)[state] - getattr(low, name)[state]) / (2 * step)
+                np.testing.assert_allclose(
+                    getattr(here, slope)[state], change, rtol=1e-4, atol=1e-5
+                )  # series for float32
 
 
 def test_other_models_have_none_of_these_verbs(fitted):

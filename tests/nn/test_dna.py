@@ -20,7 +20,12 @@ def tower(**options):
 
 
 def in_float64(net, sequences):
-    """The network in evaluation, written out with NumPy."""
+    """The network in evaluation, written out with NumPy: the mean over both strands."""
+    turned = np.where(sequences < 4, 3 - sequences.numpy().astype(int), 4)[:, ::-1]
+    return (one_strand(net, sequences.numpy()) + one_strand(net, turned)) / 2
+
+
+def one_strand(net, sequences):
     state = {name: value.numpy().astype(np.float64) for name, value in net.state_dict().items()}
 
     def norm(x, name, affine=True):
@@ -33,7 +38,7 @@ def in_float64(net, sequences):
 
     table = np.vstack([np.eye(4), np.full(4, 0.25)])
     found = []
-    for row in sequences.numpy():
+    for row in sequences:
         x = table[row]  # places by channels
         for i, block in enumerate(net.blocks):
             weight = state[f"blocks.{i}.conv.weight"]  # out, in, kernel
@@ -93,7 +98,17 @@ def test_training_sees_both_strands_and_all_shifts(monkeypatch):
     times = [sum(torch.equal(one, other) for other in seen) for one in wanted]
     assert sum(times) == 300 and min(times) > 5
     net.eval()
-    assert torch.equal(net(codes()), codes())
+    seen.clear()
+    monkeypatch.setattr(net, "_embed", lambda c: seen.append(c) or c.float())
+    net(codes())
+    assert torch.equal(torch.stack(seen), torch.stack([codes(), reverse_complement(codes())]))
+
+
+def test_both_strands_of_a_sequence_have_one_embedding():
+    net = tower()
+    net(codes(20))
+    net.eval()
+    torch.testing.assert_close(net(reverse_complement(codes())), net(codes()))
 
 
 def test_embeddings_have_mean_zero_and_variance_one():
