@@ -94,7 +94,8 @@ def _two_groups(contrast: PopulationContrast, sizes: tuple[int, int]) -> Design 
             if max(sizes) > 1
             else "The result is about these cells: it cannot tell what holds for other replicates."
         )
-        alone = [contrast.group(side) for side in (0, 1) if sizes[side] < 2]
+        order = (1, 0) if contrast.flipped else (0, 1)
+        alone = [contrast.group(side) for side in order if sizes[side] < 2]
         _warn(
             f"Fewer than two replicates in {list_some(alone)} of comparison {contrast.comparison.name!r}. {rest} "
             "A difference between the groups and one between individuals cannot be told apart there."

@@ -112,7 +112,7 @@ def _one(
     pooled = corrected_levels(data.moments, contrast.sides, by=data.correct)
     design = _design(data, contrast, options)
     tested = pooled.total.sum(axis=0) >= options.min_counts if data.correct == "ratio" else _varies(pooled)
-    if not data.moments.sums[0].any():
+    if not data.moments.sums[:2].any():
         tested = _varies(pooled)  # a model without a likelihood has no counts to go by
     sign = -1.0 if contrast.flipped else 1.0
     prefix = "lfc" if scale.effect == "log2_ratio" else "effect"
