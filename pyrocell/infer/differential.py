@@ -11,7 +11,7 @@ import pandas as pd
 
 from pyrocell.errors import DataError, QueryError, list_some
 from pyrocell.infer.comparison import Comparison, compare_groups
-from pyrocell.infer.decisions import bayes_factor, expected_fdr_calls
+from pyrocell.infer.decisions import bayes_factor, check_targets, expected_fdr_calls
 from pyrocell.infer.draw_plan import Contrast, plan_draws
 from pyrocell.infer.draw_pool import DrawPool, Pairs, draw_pool, pair_draws
 from pyrocell.infer.effect_statistics import EffectTask, StratumSummary, effect_statistics, superiority
@@ -321,12 +321,7 @@ def _check_choices(mode: str, effect: str, delta: float | None, fdr_target: floa
         raise QueryError(f"mode is {mode!r}; expected one of {list_some(_MODES)}.")
     if effect not in ("log2_ratio", "difference"):
         raise QueryError(f"effect is {effect!r}; expected 'log2_ratio' or 'difference'.")
-    if delta is not None and not 0 <= delta < float("inf"):
-        raise QueryError(f"delta is {delta!r}; expected a number of at least 0, or None to learn it.")
-    if not 0 < fdr_target < 1:
-        raise QueryError(
-            f"fdr_target is {fdr_target!r}; expected a proportion between 0 and 1, such as 0.05."
-        )
+    check_targets(delta, fdr_target)
 
 
 def _check_raw(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from pyrocell.infer.decisions import expected_fdr_calls, learned_delta
+from pyrocell.infer.decisions import check_targets, expected_fdr_calls, learned_delta
 from pyrocell.infer.designs import Design, design_of, unit_covariates
 from pyrocell.infer.levels import Levels, Scale, corrected_levels
 from pyrocell.infer.moments import StratumMoments
@@ -98,6 +98,7 @@ def population_differential(
         See `design_of` and `unit_covariates`.
     """
     options = options or DifferentialOptions()
+    check_targets(delta, fdr_target)
     parts = [_one(data, index, scale, delta, options) for index in range(len(data.plan.contrasts))]
     columns = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     columns[f"is_de_fdr_{fdr_target}"] = _calls(columns["proba_de"], fdr_target, options) & columns["tested"]
