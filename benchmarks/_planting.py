@@ -60,7 +60,7 @@ def make_study(task: str, seed: int) -> Study:
         adata = anndata.read_h5ad(folder / "kang_8donors_12261.h5ad")
         adata.obs["type"] = adata.obs["cell_type"].astype(str)
         chosen = "CD14+ Monocytes"
-        adata = adata[adata.obs["type"].isin([chosen, "B cells", "NK cells"])].copy()
+        adata = adata[adata.obs["type"].isin([chosen, "B cells"])].copy()
     adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
     rows = np.flatnonzero((adata.obs["type"] == chosen).to_numpy())
     if task == "null":

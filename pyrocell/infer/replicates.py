@@ -10,7 +10,7 @@ import numpy as np
 
 from pyrocell.infer.levels import Levels, Scale
 
-__all__ = ["ReplicateEvidence", "replicate_evidence"]
+__all__ = ["ReplicateEvidence", "linear_evidence", "replicate_evidence"]
 
 LN2 = float(np.log(2.0))
 
@@ -102,24 +102,36 @@ def replicate_evidence(
     ReplicateEvidence
         Base 2 for log ratios.
     """
-    spreads, fit = _fitter(levels, scale, design)
+    if scale.is_bare_ratio:
+        return _over_spreads(SPREADS, partial(_log_linear, levels, design), contrast, LN2)
+    within = levels.variance * scale.slope(levels.level) ** 2
+    return linear_evidence(scale.of(levels.level), np.maximum(within, 1e-12), design, contrast)
+
+
+def linear_evidence(
+    response: np.ndarray, within: np.ndarray, design: np.ndarray, contrast: np.ndarray
+) -> ReplicateEvidence:
+    """Fit values of replicates that are linear in a design; see `replicate_evidence`.
+
+    Parameters
+    ----------
+    response, within
+        Values, and their variances within the replicates, shape ``(n_replicates, n_features)``.
+    design, contrast
+        As in `replicate_evidence`.
+    """
+    return _over_spreads(RELATIVE_SPREADS, partial(_linear, response, within, design), contrast, 1.0)
+
+
+def _over_spreads(
+    spreads: np.ndarray, fit: Callable[[float], Fit], contrast: np.ndarray, unit: float
+) -> ReplicateEvidence:
+    """Fit at each spread, and weigh the spreads."""
     fits = [fit(spread) for spread in spreads]
     weights = _posterior_of_spread(np.stack([found[1] for found in fits], axis=1)).T
-    unit = LN2 if scale.is_bare_ratio else 1.0
-    estimates = np.stack([found[0] @ contrast for found in fits]) / unit
-    errors = (
-        np.stack([np.sqrt(np.einsum("p,gpq,q->g", contrast, found[2], contrast)) for found in fits]) / unit
-    )
-    return ReplicateEvidence(estimates, errors, weights)
-
-
-def _fitter(levels: Levels, scale: Scale, design: np.ndarray) -> tuple[np.ndarray, Callable[[float], Fit]]:
-    """Return the spreads to consider, and the fit at one of them."""
-    if scale.is_bare_ratio:
-        return SPREADS, partial(_log_linear, levels, design)
-    response = scale.of(levels.level)
-    within = np.maximum(levels.variance * scale.slope(levels.level) ** 2, 1e-12)
-    return RELATIVE_SPREADS, partial(_linear, response, within, design)
+    estimates = np.stack([found[0] @ contrast for found in fits])
+    errors = np.stack([np.sqrt(np.einsum("p,gpq,q->g", contrast, found[2], contrast)) for found in fits])
+    return ReplicateEvidence(estimates / unit, errors / unit, weights)
 
 
 def _log_linear(levels: Levels, design: np.ndarray, spread: float) -> Fit:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from pyrocell.errors import QueryError, list_some
 from pyrocell.infer.abundance import abundance_scores, sample_log_densities
+from pyrocell.infer.abundance_effects import density_effects, share_effects
 from pyrocell.infer.comparison import Comparison
 from pyrocell.infer.differential import differential, joined_tables
 from pyrocell.infer.scale_sampler import DifferentialOptions
@@ -181,11 +182,12 @@ class Comparisons(Queries):
         sample_key: str,
         samples1: Sequence[str] | None = None,
         samples2: Sequence[str] | None = None,
+        groupby: str | None = None,
         kernel: Literal["normal", "student"] = "normal",
         indices: Sequence[int] | np.ndarray | None = None,
         batch_size: int | None = None,
     ) -> pd.DataFrame:
-        """Say at each cell which samples are dense there.
+        """Say at each cell which samples are dense there, or compare the shares of groups of cells between samples.
 
         Parameters
         ----------
@@ -194,19 +196,23 @@ class Comparisons(Queries):
         sample_key
             Column of ``adata.obs`` with the sample of each cell.
         samples1, samples2
-            Two sets of samples to compare: adds the column ``log_ratio``, positive where the first set is denser.
+            Two sets of samples to compare: adds the column ``log_ratio``, positive where the first set is denser, and,
+            with two samples or more in each, what holds between samples: ``effect``, ``effect_error`` and ``lfsr``.
+        groupby
+            Column of ``adata.obs`` with cell types (or clusters): compare their shares between the two sets instead.
         kernel
             ``"normal"``, or the smoother ``"student"``.
 
         Returns
         -------
         DataFrame
-            Cells by samples: log of the density of each sample's cells at each cell's latent (natural log).
+            Cells by samples: log of the density of each sample's cells at each cell's latent (natural log). With
+            ``groupby``, one row for each cell type: see `pyrocell.infer.abundance_effects.share_effects`.
 
         Raises
         ------
         QueryError
-            If the column or a sample does not exist.
+            If a column or a sample does not exist, or, with ``groupby``, a set has fewer than two samples.
         """
         question = Question(self, adata, indices, batch_size=batch_size)
         obs = question.dataset.obs
@@ -220,6 +226,10 @@ class Comparisons(Queries):
         samples = pd.Categorical(
             column.astype(str).where(column.notna())
         )  # a cell without a sample is in none
+        names = [str(name) for name in samples.categories]
+        sides = [_positions(chosen, names, sample_key) for chosen in (samples1 or [], samples2 or [])]
+        if groupby is not None:
+            return _shares(obs.iloc[question.rows], groupby, samples, sides)
         with self.asking():
             moments = question.latent_moments(str(self.latent_site))
         if moments is None:
@@ -227,12 +237,26 @@ class Comparisons(Queries):
                 "differential_abundance needs a latent with a Gaussian posterior; this model has none."
             )
         densities = sample_log_densities(*moments, np.asarray(samples.codes), kernel=kernel)
-        names = [str(name) for name in samples.categories]
         table = pd.DataFrame(densities, index=question.dataset.obs_names[question.rows], columns=names)
         if samples1 is not None and samples2 is not None:
-            sides = [_positions(chosen, names, sample_key) for chosen in (samples1, samples2)]
             table["log_ratio"] = abundance_scores(densities, *sides)
+            if min(map(len, sides)) > 1 and not set(sides[0]) & set(sides[1]):
+                found = density_effects(densities, *sides)
+                table[["effect", "effect_error", "lfsr"]] = np.stack(found, axis=1)
         return table
+
+
+def _shares(obs: pd.DataFrame, groupby: str, samples: Any, sides: list[list[int]]) -> pd.DataFrame:
+    """Compare the shares of the groups of a column between two sets of samples."""
+    if groupby not in obs:
+        raise QueryError(
+            f"groupby={groupby!r} is no column of adata.obs; it has {list_some(obs.columns, 20)}."
+        )
+    labels = pd.Categorical(obs[groupby])
+    known = (labels.codes >= 0) & (samples.codes >= 0)
+    counts = np.zeros((len(samples.categories), len(labels.categories)))
+    np.add.at(counts, (samples.codes[known], labels.codes[known]), 1.0)
+    return share_effects(counts, [str(name) for name in labels.categories], *sides)
 
 
 def _threshold(mode: Mode, delta: Delta) -> float | None:

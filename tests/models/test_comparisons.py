@@ -535,12 +535,33 @@ def test_a_planted_difference_of_abundance_is_found():
         table = model.differential_abundance(
             sample_key="mouse", samples1=["t0", "t1"], samples2=["c0", "c1"], kernel=kernel
         )
-        assert list(table.columns) == ["c0", "c1", "t0", "t1", "log_ratio"]
+        assert list(table.columns[:5]) == ["c0", "c1", "t0", "t1", "log_ratio"]
+        assert list(table.columns[5:]) == ["effect", "effect_error", "lfsr"]
+        assert np.corrcoef(table["effect"], table["log_ratio"])[0, 1] > 0.9
         assert list(table.index) == list(adata.obs_names)
         assert roc_auc_score(first, table["log_ratio"]) >= 0.95
         # the ratio of cells is 4 to 1 in one cluster and 1 to 4 in the other
         assert table["log_ratio"][first].median() == pytest.approx(np.log(4), abs=0.5)
         assert table["log_ratio"][~first].median() == pytest.approx(-np.log(4), abs=0.5)
+
+
+def test_shares_of_groups_are_compared_between_samples(fitted):
+    adata = fitted.dataset.adata
+    rng = np.random.default_rng(0)
+    more = (adata.obs["label"] == "label_0").to_numpy()
+    side = np.where(rng.random(adata.n_obs) < np.where(more, 0.8, 0.35), "t", "c")
+    adata.obs["mouse"] = [f"{name}{i % 3}" for i, name in enumerate(side)]
+    sets = {"samples1": ["t0", "t1", "t2"], "samples2": ["c0", "c1", "c2"]}
+    table = fitted.differential_abundance(sample_key="mouse", groupby="label", **sets)
+    assert table.index[0] == "label_0" and table.loc["label_0", "lfc_mean"] > 0.3
+    assert (table["n_replicates1"] == 3).all()
+    np.testing.assert_array_equal(
+        table["n_cells1"] + table["n_cells2"], adata.obs["label"].value_counts()[table.index]
+    )
+    with pytest.raises(QueryError, match="groupby='type' is no column"):
+        fitted.differential_abundance(sample_key="mouse", groupby="type", **sets)
+    with pytest.raises(QueryError, match="samples1 has 0 samples"):
+        fitted.differential_abundance(sample_key="mouse", groupby="label")
 
 
 def test_abundance_swaps_and_keeps_the_cells_asked_for(fitted):
