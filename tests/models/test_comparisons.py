@@ -546,22 +546,22 @@ def test_a_planted_difference_of_abundance_is_found():
 
 
 def test_shares_of_groups_are_compared_between_samples(fitted):
-    adata = fitted.dataset.adata
+    adata = fitted.dataset.adata.copy()
     rng = np.random.default_rng(0)
     more = (adata.obs["label"] == "label_0").to_numpy()
     side = np.where(rng.random(adata.n_obs) < np.where(more, 0.8, 0.35), "t", "c")
     adata.obs["mouse"] = [f"{name}{i % 3}" for i, name in enumerate(side)]
     sets = {"samples1": ["t0", "t1", "t2"], "samples2": ["c0", "c1", "c2"]}
-    table = fitted.differential_abundance(sample_key="mouse", groupby="label", **sets)
+    table = fitted.differential_abundance(adata, sample_key="mouse", groupby="label", **sets)
     assert table.index[0] == "label_0" and table.loc["label_0", "lfc_mean"] > 0.3
     assert (table["n_replicates1"] == 3).all()
     np.testing.assert_array_equal(
         table["n_cells1"] + table["n_cells2"], adata.obs["label"].value_counts()[table.index]
     )
     with pytest.raises(QueryError, match="groupby='type' is no column"):
-        fitted.differential_abundance(sample_key="mouse", groupby="type", **sets)
+        fitted.differential_abundance(adata, sample_key="mouse", groupby="type", **sets)
     with pytest.raises(QueryError, match="samples1 has 0 samples"):
-        fitted.differential_abundance(sample_key="mouse", groupby="label")
+        fitted.differential_abundance(adata, sample_key="mouse", groupby="label")
 
 
 def test_abundance_swaps_and_keeps_the_cells_asked_for(fitted):
