@@ -89,7 +89,8 @@ def _interferon(study: Study, answer: dict[str, np.ndarray]) -> dict[str, float]
     known = np.flatnonzero(study.adata.var_names.isin(INTERFERON))
     ranks, signs, called = [], [], []
     for question in study.questions:
-        score = answer[f"{question}|score"] * (answer[f"{question}|lfc"] > 0)
+        order = answer.get(f"{question}|order", answer[f"{question}|score"])
+        score = order * (answer[f"{question}|lfc"] > 0)
         rank = np.argsort(np.argsort(-score, kind="stable"), kind="stable")[known] + 1
         ranks.append(np.sort(rank)[: min(5, len(known))].max())
         signs.append((answer[f"{question}|lfc"][known] > 0).mean())

@@ -29,6 +29,8 @@ def prepare(adata: anndata.AnnData, job: dict[str, Any]) -> Callable[..., dict[s
             "score": np.log(table["proba_de"].to_numpy() + 1e-300)
             - np.log(table["lfsr"].to_numpy() + 1e-300),
             "called": table["is_de_fdr_0.05"].to_numpy(),
+            # the order of the table: the smallest effect in the interval
+            "order": np.maximum(np.maximum(table["lfc_low"], -table["lfc_high"]), 0).fillna(0).to_numpy(),
         }
 
     return ask

@@ -12,6 +12,7 @@ __all__ = [
     "expected_fdr_calls",
     "highest_density_interval",
     "learned_delta",
+    "least_effect",
 ]
 
 EPSILON = 1e-8
@@ -95,6 +96,17 @@ def highest_density_interval(draws: np.ndarray, mass: float) -> tuple[np.ndarray
     start = np.argmin(widths, axis=1)
     every = np.arange(len(ordered))
     return ordered[every, start], ordered[every, start + inside - 1]
+
+
+def least_effect(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the size of the smallest effect in an interval: 0 where it holds zero, or is missing.
+
+    Parameters
+    ----------
+    low, high
+        Ends of the intervals.
+    """
+    return np.nan_to_num(np.maximum(np.maximum(low, -high), 0.0))
 
 
 def learned_delta(effects: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from pyrocell.infer.decisions import check_targets, expected_fdr_calls, learned_delta
+from pyrocell.infer.decisions import check_targets, expected_fdr_calls, learned_delta, least_effect
 from pyrocell.infer.designs import Design, design_of, unit_covariates
 from pyrocell.infer.levels import Levels, Scale, corrected_levels
 from pyrocell.infer.moments import StratumMoments
@@ -281,8 +281,8 @@ def _raw_columns(raw: tuple[RawSummary, RawSummary]) -> Columns:
 
 def _table(data: PopulationData, columns: Columns, effect: str) -> pd.DataFrame:
     """Stack the comparisons, the clearest features of each first; those not tested come last."""
-    size = np.nan_to_num(np.abs(columns[effect]))
-    order = np.lexsort([-size, -columns["proba_de"], ~columns["tested"]], axis=-1)
+    ends = (columns[effect.replace("mean", name)] for name in ("low", "high"))
+    order = np.lexsort([-columns["proba_de"], -least_effect(*ends), ~columns["tested"]], axis=-1)
     n_features = order.shape[1]
     comparisons = [contrast.comparison for contrast in data.plan.contrasts]
     names = {"comparison": [one.name for one in comparisons]}

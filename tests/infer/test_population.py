@@ -523,6 +523,15 @@ def test_each_column_is_what_it_says():
     )
 
 
+def test_the_clearest_effects_come_first():
+    study = Study(n_genes=60, effects=mixed_effects(60, 0.4, 0))
+    study.counts[:, 7] = 0.0
+    options = DifferentialOptions()
+    table = population_differential(study.data(options=options), RATIO, options=options)
+    least = np.maximum(np.maximum(table["lfc_low"], -table["lfc_high"]), 0).fillna(-1)
+    assert least.is_monotonic_decreasing and table.index[-1] == "g7"
+
+
 def test_false_calls_are_counted_in_each_comparison_or_in_all():
     study = Study(n_genes=150, effects=mixed_effects(150, 0.2, 0, size=0.6))
     obs = study.obs.assign(group=study.obs["group"] + (study.obs["unit"].str[1:].astype(int) % 2).astype(str))
