@@ -238,7 +238,8 @@ def _markers(table: pd.DataFrame, called: pd.Series, n_each: int = 5) -> str:
     effect = next(name for name in ("lfc_mean", "effect_mean") if name in table)
     higher = table.assign(_called=called)[(table[effect] > 0).to_numpy()]
     order = {group: place for place, group in enumerate(table["group1"].unique())}
-    higher = higher.sort_values("proba_de", ascending=False, kind="stable")
+    if "lfsr" not in table:  # a table of means comes with the clearest first
+        higher = higher.sort_values("proba_de", ascending=False, kind="stable")
     best = higher.groupby("group1", observed=True).head(n_each)
     best = best.sort_values("group1", key=lambda groups: groups.map(order), kind="stable")
     names = ["group", "gene", "called", *(_COLUMNS[name][0] for name in columns)]

@@ -269,3 +269,53 @@ def test_a_diagnosis_without_a_latent_says_so():
         plotting.diagnosis(diagnosed(features=False), what="features")
     with pytest.raises(QueryError, match="what is 'all'; expected one of 'checks'"):
         plotting.diagnosis(diagnosed(), what="all")
+
+
+# differences of means
+
+
+@pytest.fixture
+def means(table):
+    wide = table.assign(
+        lfsr=[1e-30, 1e-3, 0.8, 1.0, 0.02],
+        lfc_low=table["lfc_mean"] - 0.5,
+        lfc_high=table["lfc_mean"] + 0.5,
+        lfc_raw=table["lfc_mean"] * 1.1,
+    )
+    wide.loc["NIL", ["lfc_mean", "lfc_low", "lfc_high"]] = np.nan  # below the floor
+    return wide
+
+
+def test_volcano_of_means_shows_the_false_sign_rate(means):
+    ax = plotting.volcano(means)
+    assert "false sign rate" in ax.get_ylabel()
+    heights = np.concatenate([points.get_offsets()[:, 1] for points in ax.collections[:3]])
+    assert len(heights) == 4 and heights.max() == pytest.approx(16)
+    assert list(ax.get_yticks()) == [0, 4, 8, 12, 16]
+
+
+def test_effects_have_their_intervals(means):
+    ax = plotting.effects(means)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["DOWN", "UP2", "UP"]
+    (bars,) = [item for item in ax.collections if hasattr(item, "get_segments")]
+    ends = [(segment[0][0], segment[1][0]) for segment in bars.get_segments()]
+    np.testing.assert_allclose(ends, [(-2.5, -1.5), (2.4, 3.4), (2.5, 3.5)])
+    named = plotting.effects(means, ["FLAT", "UP"])
+    assert [text.get_text() for text in named.get_yticklabels()] == ["FLAT", "UP"]
+    with pytest.raises(QueryError, match="no features 'GONE'"):
+        plotting.effects(means, ["GONE"])
+    with pytest.raises(QueryError, match="no credible intervals"):
+        plotting.effects(means.drop(columns=["lfc_low", "lfc_high"]))
+
+
+def test_calls_over_groups(means):
+    other = means.assign(group1="T cell", comparison="T cell vs rest", lfc_mean=-means["lfc_mean"])
+    ax = plotting.calls(pd.concat([means, other]))
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["B cell", "T cell"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["UP", "UP2", "DOWN"]
+    np.testing.assert_allclose(ax.images[0].get_array(), [[3, -3], [2.9, -2.9], [-2, 2]])
+    assert len(ax.collections[0].get_offsets()) == 6
+    with pytest.raises(QueryError, match="no features 'GONE'"):
+        plotting.calls(means, ["GONE"])
+    with pytest.raises(QueryError, match="needs the column"):
+        plotting.calls(means.drop(columns="lfc_mean"))

@@ -28,6 +28,8 @@ class Comparison:
         Names of the two sides, shown in the columns of the same names.
     rows1, rows2
         Positions of the cells of each side. Order and repeats do not matter: a side is a set.
+    within
+        Group that the cells of both sides belong to, if they were chosen inside one.
 
     Raises
     ------
@@ -40,6 +42,7 @@ class Comparison:
     group2: str
     rows1: np.ndarray = field(repr=False)
     rows2: np.ndarray = field(repr=False)
+    within: str = ""
 
     def __post_init__(self) -> None:
         for group, attribute in ((self.group1, "rows1"), (self.group2, "rows2")):
@@ -47,7 +50,9 @@ class Comparison:
 
     def swapped(self) -> Comparison:
         """Return the same question asked the other way round."""
-        return Comparison(f"{self.group2} vs {self.group1}", self.group2, self.group1, self.rows2, self.rows1)
+        return Comparison(
+            f"{self.group2} vs {self.group1}", self.group2, self.group1, self.rows2, self.rows1, self.within
+        )
 
 
 def _cell_set(rows: np.ndarray, group: str, name: str) -> np.ndarray:

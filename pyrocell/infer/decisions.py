@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["bayes_factor", "expected_fdr_calls", "highest_density_interval", "learned_delta"]
+from pyrocell.errors import QueryError
+
+__all__ = [
+    "bayes_factor",
+    "check_targets",
+    "expected_fdr_calls",
+    "highest_density_interval",
+    "learned_delta",
+    "least_effect",
+]
 
 EPSILON = 1e-8
 """Keeps Bayes factors finite."""
@@ -24,6 +33,24 @@ def bayes_factor(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         Same shape.
     """
     return np.log(first + EPSILON) - np.log(second + EPSILON)
+
+
+def check_targets(delta: float | None, fdr_target: float) -> None:
+    """Raise on a smallest effect or an error rate out of range.
+
+    Parameters
+    ----------
+    delta
+        Smallest effect of interest, or None.
+    fdr_target
+        Expected proportion of false calls.
+    """
+    if delta is not None and not 0 <= delta < float("inf"):
+        raise QueryError(f"delta is {delta!r}; expected a number of at least 0, or None to learn it.")
+    if not 0 < fdr_target < 1:
+        raise QueryError(
+            f"fdr_target is {fdr_target!r}; expected a proportion between 0 and 1, such as 0.05."
+        )
 
 
 def expected_fdr_calls(probability: np.ndarray, target: float) -> np.ndarray:
@@ -69,6 +96,17 @@ def highest_density_interval(draws: np.ndarray, mass: float) -> tuple[np.ndarray
     start = np.argmin(widths, axis=1)
     every = np.arange(len(ordered))
     return ordered[every, start], ordered[every, start + inside - 1]
+
+
+def least_effect(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the size of the smallest effect in an interval: 0 where it holds zero, or is missing.
+
+    Parameters
+    ----------
+    low, high
+        Ends of the intervals.
+    """
+    return np.nan_to_num(np.maximum(np.maximum(low, -high), 0.0))
 
 
 def learned_delta(effects: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pyrocell.errors import DataError, QueryError, list_some
 from pyrocell.infer.comparison import Comparison, compare_groups
-from pyrocell.infer.decisions import bayes_factor, expected_fdr_calls
+from pyrocell.infer.decisions import bayes_factor, check_targets, expected_fdr_calls, least_effect
 from pyrocell.infer.draw_plan import Contrast, plan_draws
 from pyrocell.infer.draw_pool import DrawPool, Pairs, draw_pool, pair_draws
 from pyrocell.infer.effect_statistics import EffectTask, StratumSummary, effect_statistics, superiority
@@ -281,9 +281,7 @@ def joined_tables(tables: Mapping[str, pd.DataFrame], fdr_target: float) -> pd.D
     if len(tables) == 1:
         return next(iter(tables.values()))
     table = pd.concat([part.assign(modality=kind) for kind, part in tables.items()])
-    keys = [name for name in ("lfc_mean", "effect_mean") if name in table]
-    keys.append("proba_de" if "proba_de" in table else "bayes_factor")
-    strength = [table[key].abs().to_numpy() if key in keys[:-1] else table[key].to_numpy() for key in keys]
+    strength = _strengths(table)
     rank, _ = pd.factorize(table["comparison"])
     table = table.iloc[np.lexsort(np.stack([*(-values for values in strength), rank]))]
     if "proba_de" in table:
@@ -291,8 +289,23 @@ def joined_tables(tables: Mapping[str, pd.DataFrame], fdr_target: float) -> pd.D
             expected_fdr_calls(part.to_numpy(), fdr_target)
             for _, part in table.groupby("comparison", sort=False)["proba_de"]
         ]
-        table = table.assign(**{f"is_de_fdr_{fdr_target}": np.concatenate(found)})
+        called = np.concatenate(found)
+        if "tested" in table:
+            called &= table["tested"].to_numpy()
+        table = table.assign(**{f"is_de_fdr_{fdr_target}": called})
     return table
+
+
+def _strengths(table: pd.DataFrame) -> list[np.ndarray]:
+    """Return what the rows are sorted by, the most important last."""
+    evidence = table["proba_de" if "proba_de" in table else "bayes_factor"].to_numpy()
+    effect = next((name for name in ("lfc_mean", "effect_mean") if name in table), None)
+    if effect is None:
+        return [evidence]
+    if "lfsr" not in table:
+        return [table[effect].abs().to_numpy(), evidence]
+    ends = (table[effect.replace("mean", name)].to_numpy() for name in ("low", "high"))
+    return [evidence, least_effect(*ends), table["tested"].to_numpy(float)]
 
 
 def _repeat(values: list[str], times: int) -> np.ndarray:
@@ -321,12 +334,7 @@ def _check_choices(mode: str, effect: str, delta: float | None, fdr_target: floa
         raise QueryError(f"mode is {mode!r}; expected one of {list_some(_MODES)}.")
     if effect not in ("log2_ratio", "difference"):
         raise QueryError(f"effect is {effect!r}; expected 'log2_ratio' or 'difference'.")
-    if delta is not None and not 0 <= delta < float("inf"):
-        raise QueryError(f"delta is {delta!r}; expected a number of at least 0, or None to learn it.")
-    if not 0 < fdr_target < 1:
-        raise QueryError(
-            f"fdr_target is {fdr_target!r}; expected a proportion between 0 and 1, such as 0.05."
-        )
+    check_targets(delta, fdr_target)
 
 
 def _check_raw(

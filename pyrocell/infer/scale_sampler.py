@@ -58,6 +58,28 @@ class DifferentialOptions:
 
     Parameters
     ----------
+    sample_key
+        Column of the replicates (donors), which are then what is sampled, in place of cells. Mode "population" alone
+        has replicates, as all options up to ``cells_per_stratum``.
+    paired
+        Whether each replicate is in both groups; None to see for itself.
+    design
+        Formula of the means of the replicates, such as ``"~ condition + sex"``; the column of the groups is part of it.
+    contrast
+        Name of a coefficient of the design to report in place of group 1 against group 2, such as ``"sex[T.M]"``.
+    condition
+        Column whose groups are compared inside each group of ``groupby``; ``group1`` and ``group2`` are then of it.
+    all_pairs
+        Compare each pair of groups, in place of each group with the rest.
+    multiplicity
+        Count false calls within each comparison, or over the whole ``"table"``.
+    relative_to
+        ``"majority"`` takes off what most features have in common, since shares of a total rise where a few large ones
+        fall; ``"total"`` leaves the shares as they are.
+    min_counts
+        Counts of both groups together below which a feature is not tested.
+    cells_per_stratum
+        Of larger groups (of one replicate), so many cells chosen at random stand for all.
     n_samples
         Posterior draws on each side. The budget of a run is twice this; comparisons that share cells share it, each
         disjoint piece of cells getting an equal part, of at least 250.
@@ -77,7 +99,8 @@ class DifferentialOptions:
     filter_outlier_cells
         Drop the cells of each side that lie outside a robust Gaussian fitted to their latent means.
     credible_interval
-        Mass of the highest-density interval of the effect, for example 0.95, or None for no interval.
+        Mass of the interval of the effect, for example 0.95: equal-tailed in mode "population", where None is 0.9; of
+        highest density in mode "change", where None is no interval.
     batches1, batches2
         Substitutions to average over on one side only, instead of the ``batches`` of both sides.
     seed
@@ -89,6 +112,16 @@ class DifferentialOptions:
         A value is out of range.
     """
 
+    sample_key: str | None = None
+    paired: bool | None = None
+    design: str | None = None
+    contrast: str | None = None
+    condition: str | None = None
+    all_pairs: bool = False
+    multiplicity: Literal["comparison", "table"] = "comparison"
+    relative_to: Literal["majority", "total"] = "majority"
+    min_counts: float = 10.0
+    cells_per_stratum: int = 20_000
     n_samples: int = 5000
     n_pairs: int = 10000
     pseudocount: float | None = None
@@ -105,6 +138,10 @@ class DifferentialOptions:
     def __post_init__(self) -> None:
         mass = self.credible_interval
         for name, is_fine, expected in (
+            ("multiplicity", self.multiplicity in ("comparison", "table"), "'comparison' or 'table'"),
+            ("relative_to", self.relative_to in ("majority", "total"), "'majority' or 'total'"),
+            ("min_counts", 0 <= self.min_counts < math.inf, "a number of at least 0"),
+            ("cells_per_stratum", self.cells_per_stratum >= 2, "an integer of at least 2"),
             ("n_samples", self.n_samples >= 2, "an integer of at least 2"),
             ("n_pairs", self.n_pairs >= 2, "an integer of at least 2"),
             ("pseudocount", _positive(self.pseudocount), "a positive number, or None to learn it"),
@@ -122,6 +159,13 @@ class DifferentialOptions:
         ):
             if not is_fine:
                 raise QueryError(f"{name} is {getattr(self, name)!r}; expected {expected}. Change {name!r}.")
+        for name, needed in (("paired", "sample_key"), ("design", "sample_key"), ("contrast", "design")):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise QueryError(f"{name} was given without {needed}; expected both. Give {needed}= too.")
+        if self.paired is not None and self.design is not None:
+            raise QueryError(
+                "Both paired and design were given; expected one. Name the replicates in the design."
+            )
 
 
 def _positive(value: float | None) -> bool:

@@ -11,11 +11,13 @@ import pandas as pd
 
 from pyrocell.errors import QueryError, list_some
 from pyrocell.infer.abundance import abundance_scores, sample_log_densities
-from pyrocell.infer.comparison import Comparison, compare_groups
+from pyrocell.infer.abundance_effects import density_effects, share_effects
+from pyrocell.infer.comparison import Comparison
 from pyrocell.infer.differential import differential, joined_tables
 from pyrocell.infer.scale_sampler import DifferentialOptions
 from pyrocell.models.asking import Question
-from pyrocell.models.chosen import chosen_cells
+from pyrocell.models.groups import Asked, CellSet, Groups, asked_comparisons
+from pyrocell.models.populations import population_tables
 from pyrocell.models.queries import Queries
 from pyrocell.models.roles import needs
 from pyrocell.models.sampling import PopulationSampler, raw_summaries
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparisons"]
 
-CellSet = Sequence[int] | np.ndarray | str | None
+Mode = Literal["population", "change", "vanilla"]
+Delta = float | Literal["auto"] | None
 
 
 class Comparisons(Queries):
@@ -43,8 +46,8 @@ class Comparisons(Queries):
         group2: str | None = None,
         idx1: CellSet = None,
         idx2: CellSet = None,
-        mode: Literal["change", "vanilla"] = "change",
-        delta: float | None = 0.25,
+        mode: Mode = "population",
+        delta: Delta = "auto",
         batch_correction: bool = False,
         fdr_target: float = 0.05,
         options: DifferentialOptions | None = None,
@@ -68,15 +71,18 @@ class Comparisons(Queries):
             Sets of cells instead of groups: positions, a mask, or a query of ``adata.obs`` such as
             ``"cell_type == 'B' and lane == '1'"``. Without ``idx2``, all other cells.
         mode
-            ``"change"``: the probability that the fold change is at least ``delta``; ``"vanilla"``: which is higher.
+            ``"population"``: how the means of the groups differ, their error from cells or, with
+            ``DifferentialOptions(sample_key=...)``, from donors. ``"change"``: how probable it is that a cell of one
+            group exceeds a cell of the other by ``delta``; ``"vanilla"``: that it is higher.
         delta
-            Smallest log2 fold change of interest; None learns it from the data.
+            Smallest log2 fold change of interest: by default 0 in mode ``"population"``, so that signs are called, and
+            0.25 in mode ``"change"``; None learns it from the data.
         batch_correction
             Compare both groups as if measured in each batch in turn.
         fdr_target
             Expected proportion of false calls in the column ``is_de_fdr_...``.
         options
-            Everything else: draws, pseudocount, importance weights, credible intervals, batches of each side.
+            Everything else: replicates and their design, contrasts inside groups, floor, draws, pseudocount, intervals.
 
         Returns
         -------
@@ -92,7 +98,7 @@ class Comparisons(Queries):
         question = Question(self, adata, None)
         return self._differential(
             question,
-            self._comparisons(question, groupby, (group1, group2), (idx1, idx2)),
+            Groups(groupby, group1, group2, idx1, idx2),
             self.expression_sites,
             mode=mode,
             effect=self.expression_effect,
@@ -105,12 +111,12 @@ class Comparisons(Queries):
     def _differential(
         self,
         question: Question,
-        comparisons: list[Comparison],
+        groups: Groups,
         sites: Mapping[str, str],
         *,
-        mode: Literal["change", "vanilla"],
+        mode: Mode,
         effect: Literal["log2_ratio", "difference"],
-        delta: float | None,
+        delta: Delta,
         batch_correction: bool,
         fdr_target: float,
         options: DifferentialOptions,
@@ -121,8 +127,27 @@ class Comparisons(Queries):
                 "batch_correction=True, but the model knows no batches. Set up the data with batch_key= and train a "
                 "model with them, or leave batch_correction out."
             )
-        latent_means = self._latent_means(question) if options.filter_outlier_cells else None
+        comparisons = asked_comparisons(question, groups, options)
         batches = [{"batch": name} for name in self.data.names("batch")] if batch_correction else None
+        asked = Asked(effect, _threshold(mode, delta), batches, fdr_target, options)
+        if mode == "population":
+            tables = population_tables(self, question, comparisons, sites, asked, groups.column(options))
+        else:
+            _refuse_replicates(mode, options)
+            tables = self._cells(mode, question, comparisons, sites, asked)
+        return joined_tables(tables, fdr_target)
+
+    def _cells(
+        self,
+        mode: Literal["change", "vanilla"],
+        question: Question,
+        comparisons: list[Comparison],
+        sites: Mapping[str, str],
+        asked: Asked,
+    ) -> dict[str, pd.DataFrame]:
+        """Compare cells with cells."""
+        options = asked.options
+        latent_means = self._latent_means(question) if options.filter_outlier_cells else None
         tables = {}
         for site, field in sites.items():
             fixed = self.pseudocounts.get(field) if options.pseudocount is None else None
@@ -130,40 +155,15 @@ class Comparisons(Queries):
                 PopulationSampler(question.over(field), self, site),
                 comparisons,
                 mode=mode,
-                effect=options.effect or effect,
-                delta=delta,
-                batches=batches,
-                fdr_target=fdr_target,
+                effect=options.effect or asked.effect,
+                delta=asked.delta,
+                batches=asked.batches,
+                fdr_target=asked.fdr_target,
                 raw=raw_summaries(question, comparisons),
                 latent_means=latent_means,
                 options=options if fixed is None else replace(options, pseudocount=fixed),
             )
-        return joined_tables(tables, fdr_target)
-
-    def _comparisons(
-        self,
-        question: Question,
-        groupby: str | None,
-        groups: tuple[str | Sequence[str] | None, str | None],
-        cells: tuple[CellSet, CellSet],
-    ) -> list[Comparison]:
-        obs = question.dataset.obs
-        by_cells = any(given is not None for given in cells)
-        by_groups = any(given is not None for given in (groupby, *groups))
-        if by_cells == by_groups or (cells[0] is None and groupby is None):
-            raise QueryError(
-                "Give either groupby= (with group1=, group2=) or idx1= (with idx2=), and not both."
-            )
-        if groupby is not None:
-            if groupby not in obs:
-                raise QueryError(
-                    f"groupby={groupby!r} is no column of adata.obs; it has {list_some(obs.columns, 20)}."
-                )
-            return compare_groups(obs[groupby], group1=groups[0], group2=groups[1])
-        one = _cell_set(cells[0], obs, "idx1")
-        two = np.setdiff1d(np.arange(len(obs)), one) if cells[1] is None else _cell_set(cells[1], obs, "idx2")
-        names = ("idx1", "rest" if cells[1] is None else "idx2")
-        return [Comparison(" vs ".join(names), *names, one, two)]
+        return tables
 
     def _latent_means(self, question: Question) -> np.ndarray:
         with self.asking():
@@ -182,11 +182,12 @@ class Comparisons(Queries):
         sample_key: str,
         samples1: Sequence[str] | None = None,
         samples2: Sequence[str] | None = None,
+        groupby: str | None = None,
         kernel: Literal["normal", "student"] = "normal",
         indices: Sequence[int] | np.ndarray | None = None,
         batch_size: int | None = None,
     ) -> pd.DataFrame:
-        """Say at each cell which samples are dense there.
+        """Say at each cell which samples are dense there, or compare the shares of groups of cells between samples.
 
         Parameters
         ----------
@@ -195,19 +196,23 @@ class Comparisons(Queries):
         sample_key
             Column of ``adata.obs`` with the sample of each cell.
         samples1, samples2
-            Two sets of samples to compare: adds the column ``log_ratio``, positive where the first set is denser.
+            Two sets of samples to compare: adds the column ``log_ratio``, positive where the first set is denser, and,
+            with two samples or more in each, what holds between samples: ``effect``, ``effect_error`` and ``lfsr``.
+        groupby
+            Column of ``adata.obs`` with cell types (or clusters): compare their shares between the two sets instead.
         kernel
             ``"normal"``, or the smoother ``"student"``.
 
         Returns
         -------
         DataFrame
-            Cells by samples: log of the density of each sample's cells at each cell's latent (natural log).
+            Cells by samples: log of the density of each sample's cells at each cell's latent (natural log). With
+            ``groupby``, one row for each cell type: see `pyrocell.infer.abundance_effects.share_effects`.
 
         Raises
         ------
         QueryError
-            If the column or a sample does not exist.
+            If a column or a sample does not exist, or, with ``groupby``, a set has fewer than two samples.
         """
         question = Question(self, adata, indices, batch_size=batch_size)
         obs = question.dataset.obs
@@ -221,6 +226,10 @@ class Comparisons(Queries):
         samples = pd.Categorical(
             column.astype(str).where(column.notna())
         )  # a cell without a sample is in none
+        names = [str(name) for name in samples.categories]
+        sides = [_positions(chosen, names, sample_key) for chosen in (samples1 or [], samples2 or [])]
+        if groupby is not None:
+            return _shares(obs.iloc[question.rows], groupby, samples, sides)
         with self.asking():
             moments = question.latent_moments(str(self.latent_site))
         if moments is None:
@@ -228,25 +237,46 @@ class Comparisons(Queries):
                 "differential_abundance needs a latent with a Gaussian posterior; this model has none."
             )
         densities = sample_log_densities(*moments, np.asarray(samples.codes), kernel=kernel)
-        names = [str(name) for name in samples.categories]
         table = pd.DataFrame(densities, index=question.dataset.obs_names[question.rows], columns=names)
         if samples1 is not None and samples2 is not None:
-            sides = [_positions(chosen, names, sample_key) for chosen in (samples1, samples2)]
             table["log_ratio"] = abundance_scores(densities, *sides)
+            if min(map(len, sides)) > 1 and not set(sides[0]) & set(sides[1]):
+                found = density_effects(densities, *sides)
+                table[["effect", "effect_error", "lfsr"]] = np.stack(found, axis=1)
         return table
 
 
-def _cell_set(cells: Any, obs: pd.DataFrame, name: str) -> np.ndarray:
-    if not isinstance(cells, str):
-        return chosen_cells(cells, len(obs))
-    hint = "Write it such as \"cell_type == 'B' and lane == '1'\", column names with spaces in backticks."
-    try:
-        mask = obs.eval(cells)
-    except Exception as error:  # pandas raises many kinds for a query that does not parse
-        raise QueryError(f"{name}={cells!r} is no query of adata.obs: {error}. {hint}") from error
-    if not isinstance(mask, pd.Series) or not pd.api.types.is_bool_dtype(mask.dtype):
-        raise QueryError(f"{name}={cells!r} does not say true or false of each cell. {hint}")
-    return np.flatnonzero(mask.fillna(value=False).to_numpy(dtype=bool))
+def _shares(obs: pd.DataFrame, groupby: str, samples: Any, sides: list[list[int]]) -> pd.DataFrame:
+    """Compare the shares of the groups of a column between two sets of samples."""
+    if groupby not in obs:
+        raise QueryError(
+            f"groupby={groupby!r} is no column of adata.obs; it has {list_some(obs.columns, 20)}."
+        )
+    labels = pd.Categorical(obs[groupby])
+    known = (labels.codes >= 0) & (samples.codes >= 0)
+    counts = np.zeros((len(samples.categories), len(labels.categories)))
+    np.add.at(counts, (samples.codes[known], labels.codes[known]), 1.0)
+    return share_effects(counts, [str(name) for name in labels.categories], *sides)
+
+
+def _threshold(mode: Mode, delta: Delta) -> float | None:
+    """Smallest effect of interest: signs are asked for of means, and sizes of cells."""
+    if isinstance(delta, str):
+        if delta != "auto":
+            raise QueryError(
+                f"delta is {delta!r}; expected a number of at least 0, 'auto', or None to learn it."
+            )
+        return 0.0 if mode == "population" else 0.25
+    return delta
+
+
+def _refuse_replicates(mode: str, options: DifferentialOptions) -> None:
+    """Refuse what a comparison of cells with cells cannot do."""
+    if options.sample_key is not None:
+        raise QueryError(
+            f"sample_key={options.sample_key!r} was given with mode={mode!r}, which compares cells with cells; "
+            "replicates need mode='population'. Leave one of them out."
+        )
 
 
 def _positions(chosen: Sequence[str], names: list[str], key: str) -> list[int]:

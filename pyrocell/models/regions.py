@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,8 @@ from pyrocell.errors import QueryError
 from pyrocell.infer.effects import AtMean
 from pyrocell.infer.scale_sampler import DifferentialOptions
 from pyrocell.models.asking import Question
-from pyrocell.models.comparisons import CellSet, Comparisons
+from pyrocell.models.comparisons import Comparisons, Delta
+from pyrocell.models.groups import CellSet, Groups
 from pyrocell.models.queries import Indices, Names
 from pyrocell.models.roles import needs
 
@@ -171,9 +171,9 @@ class Regions(Comparisons):
         group2: str | None = None,
         idx1: CellSet = None,
         idx2: CellSet = None,
-        delta: float | None = 0.05,
+        mode: Literal["population", "change"] = "population",
+        delta: Delta = "auto",
         batch_correction: bool = False,
-        two_sided: bool = True,
         fdr_target: float = 0.05,
         options: DifferentialOptions | None = None,
     ) -> pd.DataFrame:
@@ -186,27 +186,29 @@ class Regions(Comparisons):
         ----------
         adata, groupby, group1, group2, idx1, idx2, batch_correction
             As in ``differential_expression``.
+        mode
+            ``"population"``: how the mean probabilities of the groups differ; ``"change"``: how probable it is that a
+            cell of one group exceeds a cell of the other by ``delta``.
         delta
-            Smallest difference of probabilities of interest; None learns it from the data.
-        two_sided
-            Ask for a difference of at least ``delta`` in either direction, and take the likelier one; else only for
-            group 1 being higher.
+            Smallest difference of probabilities of interest: by default 0 in mode ``"population"``, so that signs are
+            called, and 0.05 in mode ``"change"``; None learns it from the data.
         fdr_target
             Expected proportion of false calls in the column ``is_da_fdr_...``.
         options
             Everything else. ``DifferentialOptions(effect="log2_ratio")`` compares the log2 ratio of the probabilities,
-            with ``delta`` a log2 ratio too. ``DifferentialOptions(test="two")`` adds the two directions up; differences
-            between cells of one group then count too, and false calls are far more than ``fdr_target`` (see the page of
-            PEAKVI).
+            with ``delta`` a log2 ratio too. ``DifferentialOptions(test="one")`` asks only for group 1 being higher. In
+            mode ``"change"``, ``DifferentialOptions(test="two")`` adds the two directions up; differences between cells
+            of one group then count too, and false calls are far more than ``fdr_target`` (see the page of PEAKVI).
 
         Returns
         -------
         DataFrame
             One row for each region and comparison, with ``comparison``, ``group1``, ``group2``; ``prob_da``, the
-            posterior probability of the effect; ``is_da_fdr_<fdr_target>``; ``bayes_factor`` (natural log of odds);
-            ``est_prob1``, ``est_prob2``, mean probabilities of being open; ``effect_size``, the mean effect, and more
+            posterior probability of the effect; ``is_da_fdr_<fdr_target>``; ``lfsr``, the local false sign rate (or, in
+            mode ``"change"``, ``bayes_factor``, the natural log of odds); ``est_prob1``,
+            ``est_prob2``, mean probabilities of being open; ``effect_size``, the mean effect, and more
             of its distribution; ``emp_prob1``, ``emp_prob2``, shares of cells in which the region was seen open, and
-            ``emp_effect``, their difference; effective sizes and numbers of draws.
+            ``emp_effect``, their difference; numbers of cells and replicates, or of draws.
 
         Raises
         ------
@@ -217,14 +219,14 @@ class Regions(Comparisons):
         options = options or DifferentialOptions(seed=self.stream.seed)
         table = self._differential(
             question,
-            self._comparisons(question, groupby, (group1, group2), (idx1, idx2)),
+            Groups(groupby, group1, group2, idx1, idx2),
             {str(self.accessibility_site): self.accessibility_field},
-            mode="change",
+            mode=mode,
             effect="difference",
-            delta=delta,
+            delta=0.05 if delta == "auto" and mode == "change" else delta,
             batch_correction=batch_correction,
             fdr_target=fdr_target,
-            options=options if two_sided else replace(options, test="one"),
+            options=options,
         )
         return _named_for_accessibility(table)
 
@@ -232,7 +234,7 @@ class Regions(Comparisons):
 def _named_for_accessibility(table: pd.DataFrame) -> pd.DataFrame:
     """Give the columns the names of this field, and leave out what means nothing for zeros and ones."""
     names = [str(name) for name in table.columns]
-    odd = [name for name in names if name.startswith(("raw_", "proba_not"))]
+    odd = [name for name in names if name.startswith(("raw_", "proba_not")) or name.endswith("_raw")]
     calls = {name: name.replace("is_de", "is_da") for name in names if name.startswith("is_de")}
     effects = {name: name.replace("lfc_", "effect_") for name in names if name.startswith("lfc_")}
     table = table.drop(columns=odd).rename(columns=effects | _COLUMNS | calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyrocell.plotting.diagnosis import diagnosis
+from pyrocell.plotting.effects import calls, effects
 from pyrocell.plotting.figures import latent, predictive_check, training_curves, volcano
 
-__all__ = ["diagnosis", "latent", "predictive_check", "training_curves", "volcano"]
+__all__ = ["calls", "diagnosis", "effects", "latent", "predictive_check", "training_curves", "volcano"]

@@ -24,6 +24,8 @@ _FEW = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a8
 _MISSING = "#dddddd"
 # Rows of names above a volcano, and the width of a character as a share of the axis.
 _LABEL_ROWS, _LABEL_CHARACTER = 5, 0.021
+_HIGHEST = 16
+"""Rates below 1e-16 are drawn alike."""
 
 
 def training_curves(history: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -137,10 +139,11 @@ def volcano(
     effect = next((name for name in ("lfc_mean", "effect_mean") if name in rows), None)
     if effect is None or "proba_de" not in rows:
         raise QueryError(
-            "a volcano plot needs the columns 'lfc_mean' and 'proba_de'; make the table with mode='change'."
+            "a volcano plot needs the columns 'lfc_mean' and 'proba_de'; make the table with mode='population' or "
+            "mode='change'."
         )
-    x = rows[effect].to_numpy(float)
-    y = rows["proba_de"].to_numpy(float)
+    rows = rows[rows[effect].notna()]  # what was not tested has no effect
+    x, (y, y_name, y_ticks) = rows[effect].to_numpy(float), _evidence(rows)
     called = _called(rows)
     ax = _axes(ax)
     up, down = called & (x > 0), called & (x <= 0)
@@ -155,11 +158,13 @@ def volcano(
         )
     limit = 1.15 * max(np.abs(x).max(initial=0), 0.1)
     ax.set_xlim(-limit, limit)
-    ax.set_ylim(-0.03, 1.3)
-    ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    top = y_ticks[-1]
+    ax.set_ylim(-0.03 * top, 1.3 * top)
+    ax.set_yticks(y_ticks)
     unit = "log2 fold change" if effect == "lfc_mean" else "difference"
-    ax.set(xlabel=f"mean {unit}", ylabel="probability of a difference", title=f"{first} against {second}")
-    _name_points(ax, x, y, [str(name) for name in rows.index], np.flatnonzero(called), n_labels)
+    ax.set(xlabel=f"mean {unit}", ylabel=y_name, title=f"{first} against {second}")
+    names = [str(name) for name in rows.index]
+    _name_points(ax, x, y / top, names, np.flatnonzero(called), n_labels, top)
     ax.legend(
         frameon=False,
         loc="upper center",
@@ -325,6 +330,15 @@ def _groups(rows: pd.DataFrame) -> tuple[str, str]:
     return "group 1", "group 2"
 
 
+def _evidence(rows: pd.DataFrame) -> tuple[np.ndarray, str, list[float]]:
+    """Height of each point, what it is, and the ticks: a probability, or the log of a rate."""
+    if "lfsr" not in rows:
+        return rows["proba_de"].to_numpy(float), "probability of a difference", [0, 0.25, 0.5, 0.75, 1]
+    height = -np.log10(np.maximum(rows["lfsr"].to_numpy(float), 10.0**-_HIGHEST))
+    top = max(4.0, 4.0 * float(np.ceil(height.max(initial=0) / 4)))  # ticks are whole numbers
+    return height, "-log10 of the local false sign rate", [0, top / 4, top / 2, 3 * top / 4, top]
+
+
 def _called(rows: pd.DataFrame) -> np.ndarray:
     """Which features the table calls different, by its own decision column."""
     columns = [name for name in rows if str(name).startswith("is_de")]
@@ -333,7 +347,13 @@ def _called(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _name_points(
-    ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], chosen: np.ndarray, n_labels: int
+    ax: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    names: Sequence[str],
+    chosen: np.ndarray,
+    n_labels: int,
+    top: float,
 ) -> None:
     """Name the largest effects on each side, spread over rows above the cloud with a thin line to each point."""
     order = chosen[np.argsort(-np.abs(x[chosen]), kind="stable")][:n_labels]
@@ -349,8 +369,8 @@ def _name_points(
         taken[free[0]].append((start, end))
         ax.annotate(
             names[i],
-            (x[i], y[i]),
-            xytext=(centre, 1.05 + 0.055 * free[0]),
+            (x[i], y[i] * top),
+            xytext=(centre, (1.05 + 0.055 * free[0]) * top),
             fontsize="x-small",
             ha="center",
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": _GREY, "shrinkA": 0, "shrinkB": 1},

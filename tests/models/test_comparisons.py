@@ -48,6 +48,11 @@ def fitted():
     return fit(adata, 60, {"batch_key": "batch"}, n_hidden=32, n_latent=4)
 
 
+def change(model, *args, **keywords):
+    """Compare cells with cells, unless another mode is asked for."""
+    return model.differential_expression(*args, **({"mode": "change"} | keywords))
+
+
 def by_gene(table):
     """Rows in one order, whatever the evidence."""
     return table.sort_index()
@@ -99,9 +104,7 @@ def two_groups(effects, *, n_cells=2000, n_genes=300, spread=1.0, seed=0):
 
 def ask(model, **options):
     """Compare the two groups: the table in the order of the genes."""
-    table = model.differential_expression(
-        groupby="group", group1="one", group2="two", options=DifferentialOptions(**options)
-    )
+    table = change(model, groupby="group", group1="one", group2="two", options=DifferentialOptions(**options))
     return table.loc[model.dataset.adata.var_names]
 
 
@@ -143,7 +146,7 @@ def test_random_halves_of_one_population_do_not_differ(kind):
     n_calls = []
     for seed in range(20):
         half = np.random.default_rng(seed).permutation(adata.n_obs)[: adata.n_obs // 2]
-        n_calls.append(model.differential_expression(idx1=half)[CALLED].sum())
+        n_calls.append(change(model, idx1=half)[CALLED].sum())
     assert np.mean(n_calls) <= 0.001 * adata.n_vars
 
 
@@ -151,10 +154,10 @@ def test_random_halves_of_one_population_do_not_differ(kind):
 def test_a_pure_batch_effect_is_no_expression():
     adata = simulate_scvi(n_cells=1000, n_genes=100, n_clusters=1, batch_shift=1.0, seed=0)
     model = fit(adata, 60, {"batch_key": "batch"})
-    plain = model.differential_expression(groupby="batch", group1="batch_1")
+    plain = change(model, groupby="batch", group1="batch_1")
     shifted = adata.uns["truth"]["batch_shift"][1] != 0
     assert plain.loc[adata.var_names, CALLED][shifted].mean() > 0.5  # what is to be corrected is there
-    corrected = model.differential_expression(groupby="batch", group1="batch_1", batch_correction=True)
+    corrected = change(model, groupby="batch", group1="batch_1", batch_correction=True)
     assert corrected[CALLED].sum() == 0
 
 
@@ -167,7 +170,7 @@ def test_eight_groups_cost_at_most_twice_one():
         used = []
         for _ in range(5):
             begin = time.process_time()
-            model.differential_expression(groupby="label", **groups)
+            change(model, groupby="label", **groups)
             used.append(time.process_time() - begin)
         return min(used)
 
@@ -179,7 +182,7 @@ def test_eight_groups_cost_at_most_twice_one():
 
 
 def test_columns_and_order(fitted):
-    table = fitted.differential_expression(groupby="label")
+    table = change(fitted, groupby="label")
     assert list(table.columns) == [
         "comparison",
         "group1",
@@ -214,7 +217,7 @@ def test_columns_and_order(fitted):
 
 def test_raw_columns_are_averages_of_the_counts(fitted):
     adata = fitted.dataset.adata
-    table = fitted.differential_expression(groupby="label", group1="label_1", group2="label_0")
+    table = change(fitted, groupby="label", group1="label_1", group2="label_0")
     table = table.loc[adata.var_names]
     counts = adata.X.toarray()
     scaled = counts / counts.sum(1, keepdims=True) * 1e4
@@ -228,7 +231,7 @@ def test_raw_columns_are_averages_of_the_counts(fitted):
 def test_effects_by_brute_force(fitted):
     """Scales, fold changes and probabilities again, from draws of the site and random pairs of them."""
     adata = fitted.dataset.adata
-    table = fitted.differential_expression(groupby="label", group1="label_1").loc[adata.var_names]
+    table = change(fitted, groupby="label", group1="label_1").loc[adata.var_names]
     draws = fitted.posterior("rho", n_samples=40, return_mean=False, seed=9)
     mine = (adata.obs["label"] == "label_1").to_numpy()
     sides = [draws[:, cells].reshape(-1, adata.n_vars) for cells in (mine, ~mine)]
@@ -246,7 +249,7 @@ def test_effects_by_brute_force(fitted):
 
 
 def test_vanilla(fitted):
-    table = fitted.differential_expression(groupby="label", group1="label_1", mode="vanilla")
+    table = change(fitted, groupby="label", group1="label_1", mode="vanilla")
     assert {"proba_m1", "proba_m2", "bayes_factor", "scale1", "scale2", "raw_mean1"} <= set(table.columns)
     assert not {"proba_de", "lfc_mean", "delta", "pseudocounts", CALLED} & set(table.columns)
     np.testing.assert_allclose(table["proba_m1"] + table["proba_m2"], 1.0)
@@ -257,26 +260,22 @@ def test_vanilla(fitted):
 
 
 def test_credible_intervals(fitted):
-    table = fitted.differential_expression(
-        groupby="label", group1="label_1", options=DifferentialOptions(credible_interval=0.9)
+    table = change(
+        fitted, groupby="label", group1="label_1", options=DifferentialOptions(credible_interval=0.9)
     )
     low, high = table["lfc_hdi_low"], table["lfc_hdi_high"]
     assert (table["lfc_min"] <= low).all() and (low < high).all() and (high <= table["lfc_max"]).all()
     assert table["lfc_median"].between(low, high).all()
     # about 1.645 standard deviations on each side, were it Normal
     np.testing.assert_allclose((high - low).median(), 3.29 * table["lfc_std"].median(), rtol=0.2)
-    assert not any("hdi" in name for name in fitted.differential_expression(groupby="label"))
+    assert not any("hdi" in name for name in change(fitted, groupby="label"))
 
 
 def test_learned_delta_and_two_sided_test(fitted):
-    learned = fitted.differential_expression(groupby="label", group1="label_1", delta=None)
+    learned = change(fitted, groupby="label", group1="label_1", delta=None)
     assert learned["delta"].nunique() == 1 and learned["delta"].iloc[0] >= 0.1
     three, two = (
-        by_gene(
-            fitted.differential_expression(
-                groupby="label", group1="label_1", options=DifferentialOptions(test=test)
-            )
-        )
+        by_gene(change(fitted, groupby="label", group1="label_1", options=DifferentialOptions(test=test)))
         for test in ("three", "two")
     )
     assert (two["proba_de"] >= three["proba_de"]).all() and (two["proba_de"] > three["proba_de"]).any()
@@ -284,8 +283,7 @@ def test_learned_delta_and_two_sided_test(fitted):
 
 def test_the_fdr_target_names_its_column(fitted):
     strict, loose = (
-        fitted.differential_expression(groupby="label", group1="label_1", fdr_target=target)
-        for target in (0.01, 0.2)
+        change(fitted, groupby="label", group1="label_1", fdr_target=target) for target in (0.01, 0.2)
     )
     assert strict["is_de_fdr_0.01"].sum() < loose["is_de_fdr_0.2"].sum()
     assert (loose["is_de_fdr_0.2"] | ~strict.loc[loose.index, "is_de_fdr_0.01"]).all()
@@ -310,8 +308,7 @@ def test_swapping_the_groups_flips_every_sign(fitted, how):
         cells = [np.flatnonzero(labels == name) for name in names]
         sides = [{"idx1": cells[0], "idx2": cells[1]}, {"idx1": cells[1], "idx2": cells[0]}]
     one, two = (
-        by_gene(fitted.differential_expression(**side, batch_correction=how == "batches", options=options))
-        for side in sides
+        by_gene(change(fitted, **side, batch_correction=how == "batches", options=options)) for side in sides
     )
     for name in ("lfc_mean", "lfc_median", "lfc_raw_mean", "lfc_raw_median"):
         np.testing.assert_array_equal(one[name], -two[name])
@@ -329,7 +326,7 @@ def test_swapping_the_groups_flips_every_sign(fitted, how):
 
 def test_swapping_flips_vanilla(fitted):
     one, two = (
-        by_gene(fitted.differential_expression(groupby="label", group1=a, group2=b, mode="vanilla"))
+        by_gene(change(fitted, groupby="label", group1=a, group2=b, mode="vanilla"))
         for a, b in (("label_0", "label_2"), ("label_2", "label_0"))
     )
     np.testing.assert_array_equal(one["proba_m1"], two["proba_m2"])
@@ -340,8 +337,7 @@ def test_the_order_of_cells_does_not_matter_in_law(fitted):
     adata = fitted.dataset.adata
     other = adata[np.random.default_rng(0).permutation(adata.n_obs)].copy()
     one, two = (
-        by_gene(fitted.differential_expression(data, "label", group1="label_1", group2="label_0"))
-        for data in (adata, other)
+        by_gene(change(fitted, data, "label", group1="label_1", group2="label_0")) for data in (adata, other)
     )
     np.testing.assert_allclose(one["raw_mean1"], two["raw_mean1"])
     error = np.sqrt(2 * 2 / 5000) * one["lfc_std"]  # of a difference of two differences of 5000 draws
@@ -351,24 +347,22 @@ def test_the_order_of_cells_does_not_matter_in_law(fitted):
 
 
 def test_the_same_question_has_the_same_answer(fitted):
-    one, two = (fitted.differential_expression(groupby="label") for _ in range(2))
+    one, two = (change(fitted, groupby="label") for _ in range(2))
     pd.testing.assert_frame_equal(one, two)
-    other = fitted.differential_expression(groupby="label", options=DifferentialOptions(seed=1))
+    other = change(fitted, groupby="label", options=DifferentialOptions(seed=1))
     assert not np.array_equal(by_gene(one)["lfc_mean"], by_gene(other)["lfc_mean"])
 
 
 def test_shuffled_genes_and_files_on_disk_give_the_same_table(fitted, tmp_path):
     adata = fitted.dataset.adata
-    table = fitted.differential_expression(groupby="label", group1="label_1")
+    table = change(fitted, groupby="label", group1="label_1")
     order = np.random.default_rng(0).permutation(adata.n_vars)
     shuffled = adata[:, order].copy()
-    pd.testing.assert_frame_equal(
-        table, fitted.differential_expression(shuffled, groupby="label", group1="label_1")
-    )
+    pd.testing.assert_frame_equal(table, change(fitted, shuffled, groupby="label", group1="label_1"))
     adata.write_h5ad(tmp_path / "data.h5ad")
     backed = read_h5ad(tmp_path / "data.h5ad", backed="r")
     try:
-        found = fitted.differential_expression(backed, groupby="label", group1="label_1")
+        found = change(fitted, backed, groupby="label", group1="label_1")
     finally:
         backed.file.close()
     pd.testing.assert_frame_equal(table, found)
@@ -380,32 +374,32 @@ def test_shuffled_genes_and_files_on_disk_give_the_same_table(fitted, tmp_path):
 def test_positions_masks_queries_and_groups_agree(fitted):
     obs = fitted.dataset.adata.obs
     masks = [(obs["label"] == name).to_numpy() for name in ("label_0", "label_2")]
-    by_group = fitted.differential_expression(groupby="label", group1="label_0", group2="label_2")
+    by_group = change(fitted, groupby="label", group1="label_0", group2="label_2")
     for sides in (
         masks,
         [np.flatnonzero(mask) for mask in masks],
         [list(np.flatnonzero(mask)[::-1]) for mask in masks],
         ["label == 'label_0'", "label == 'label_2'"],
     ):
-        table = fitted.differential_expression(idx1=sides[0], idx2=sides[1])
+        table = change(fitted, idx1=sides[0], idx2=sides[1])
         assert set(table["comparison"]) == {"idx1 vs idx2"}
         assert_same_numbers(by_group, table)
-    rest = fitted.differential_expression(idx1="label == 'label_0'")
+    rest = change(fitted, idx1="label == 'label_0'")
     assert set(rest["group2"]) == {"rest"}
-    assert_same_numbers(rest, fitted.differential_expression(groupby="label", group1="label_0"))
+    assert_same_numbers(rest, change(fitted, groupby="label", group1="label_0"))
 
 
 def test_queries_join_columns(fitted):
     obs = fitted.dataset.adata.obs
     chosen = (obs["label"] == "label_0") & (obs["age"] > 50)
-    one = fitted.differential_expression(idx1="label == 'label_0' and age > 50")
-    assert_same_numbers(one, fitted.differential_expression(idx1=chosen.to_numpy()))
+    one = change(fitted, idx1="label == 'label_0' and age > 50")
+    assert_same_numbers(one, change(fitted, idx1=chosen.to_numpy()))
 
 
 def test_several_groups_and_a_reference(fitted):
-    table = fitted.differential_expression(groupby="label", group1=["label_2", "label_0"])
+    table = change(fitted, groupby="label", group1=["label_2", "label_0"])
     assert list(table["comparison"].unique()) == ["label_2 vs rest", "label_0 vs rest"]
-    table = fitted.differential_expression(groupby="label", group2="label_0")
+    table = change(fitted, groupby="label", group2="label_0")
     assert list(table["comparison"].unique()) == ["label_1 vs label_0", "label_2 vs label_0"]
 
 
@@ -414,8 +408,8 @@ def test_cells_without_a_group_are_in_none(fitted):
     known = adata.obs["some"].notna().to_numpy()
     mine = (adata.obs["some"] == "label_0").to_numpy()
     assert_same_numbers(
-        fitted.differential_expression(groupby="some", group1="label_0"),
-        fitted.differential_expression(idx1=mine, idx2=known & ~mine),
+        change(fitted, groupby="some", group1="label_0"),
+        change(fitted, idx1=mine, idx2=known & ~mine),
     )
 
 
@@ -452,15 +446,15 @@ def test_cells_without_a_group_are_in_none(fitted):
 )
 def test_questions_that_make_no_sense(fitted, question, said):
     with pytest.raises(QueryError, match=said):
-        fitted.differential_expression(**question)
+        change(fitted, **question)
 
 
 def test_a_group_without_cells(fitted):
     adata = fitted.dataset.adata.copy()
     adata.obs["label"] = adata.obs["label"].cat.add_categories(["gone"])
     with pytest.raises(QueryError, match="'gone' has no cells"):
-        fitted.differential_expression(adata, groupby="label", group1="gone")
-    assert set(fitted.differential_expression(adata, groupby="label")["group1"]) == {
+        change(fitted, adata, groupby="label", group1="gone")
+    assert set(change(fitted, adata, groupby="label")["group1"]) == {
         "label_0",
         "label_1",
         "label_2",
@@ -470,7 +464,7 @@ def test_a_group_without_cells(fitted):
 def test_one_group_is_not_enough(fitted):
     adata = fitted.dataset.adata[fitted.dataset.adata.obs["label"] == "label_0"].copy()
     with pytest.raises(QueryError, match=r"Only 1 group has cells \('label_0'\)"):
-        fitted.differential_expression(adata, groupby="label")
+        change(fitted, adata, groupby="label")
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -478,39 +472,39 @@ def test_one_group_is_not_enough(fitted):
 
 def test_importance_weights_report_their_size(fitted):
     options = DifferentialOptions(weights="importance", n_samples=300)
-    plain = fitted.differential_expression(
-        groupby="label", group1="label_1", group2="label_0", options=DifferentialOptions(n_samples=300)
+    plain = change(
+        fitted,
+        groupby="label",
+        group1="label_1",
+        group2="label_0",
+        options=DifferentialOptions(n_samples=300),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PyrocellWarning)  # few effective draws: hardly trained
-        table = fitted.differential_expression(
-            groupby="label", group1="label_1", group2="label_0", options=options
-        )
+        table = change(fitted, groupby="label", group1="label_1", group2="label_0", options=options)
     assert (plain["ess1"] == 300).all() and (plain["n_draws"] == 600).all()
     assert table["ess1"].between(1, 299).all() and table["ess2"].between(1, 299).all()
     assert not np.array_equal(by_gene(plain)["lfc_mean"], by_gene(table)["lfc_mean"])
     with pytest.raises(QueryError, match="importance.*batches"):
-        fitted.differential_expression(groupby="label", batch_correction=True, options=options)
+        change(fitted, groupby="label", batch_correction=True, options=options)
 
 
 def test_batches_of_each_side(fitted):
     one, two = [{"batch": "batch_0"}], [{"batch": "batch_1"}]
-    table = fitted.differential_expression(
-        groupby="label", group1="label_1", options=DifferentialOptions(batches1=one, batches2=two)
+    table = change(
+        fitted, groupby="label", group1="label_1", options=DifferentialOptions(batches1=one, batches2=two)
     )
-    both = fitted.differential_expression(groupby="label", group1="label_1", batch_correction=True)
+    both = change(fitted, groupby="label", group1="label_1", batch_correction=True)
     assert not np.array_equal(by_gene(table)["lfc_mean"], by_gene(both)["lfc_mean"])
     with pytest.raises(QueryError, match="batch='lane9'"):
-        fitted.differential_expression(
-            groupby="label", options=DifferentialOptions(batches1=[{"batch": "lane9"}])
-        )
+        change(fitted, groupby="label", options=DifferentialOptions(batches1=[{"batch": "lane9"}]))
 
 
 def test_batch_correction_without_batches_says_what_is_missing():
     adata = synthetic_iid(n_cells=60, n_genes=8, n_proteins=0, n_regions=0)
     model = fit(adata, 1, n_hidden=8)
     with pytest.raises(QueryError, match="batch_correction.*batch_key"):
-        model.differential_expression(groupby="label", batch_correction=True)
+        change(model, groupby="label", batch_correction=True)
     PoissonFactors.setup_anndata(adata)
     other = PoissonFactors(adata)
     other.train(1)
@@ -519,10 +513,10 @@ def test_batch_correction_without_batches_says_what_is_missing():
 
 
 def test_outlier_cells_may_be_left_out(fitted):
-    table = fitted.differential_expression(
-        groupby="label", group1="label_1", options=DifferentialOptions(filter_outlier_cells=True)
+    table = change(
+        fitted, groupby="label", group1="label_1", options=DifferentialOptions(filter_outlier_cells=True)
     )
-    plain = fitted.differential_expression(groupby="label", group1="label_1")
+    plain = change(fitted, groupby="label", group1="label_1")
     assert not np.array_equal(by_gene(table)["lfc_mean"], by_gene(plain)["lfc_mean"])
     np.testing.assert_array_equal(by_gene(table)["raw_mean1"], by_gene(plain)["raw_mean1"])
 
@@ -541,12 +535,33 @@ def test_a_planted_difference_of_abundance_is_found():
         table = model.differential_abundance(
             sample_key="mouse", samples1=["t0", "t1"], samples2=["c0", "c1"], kernel=kernel
         )
-        assert list(table.columns) == ["c0", "c1", "t0", "t1", "log_ratio"]
+        assert list(table.columns[:5]) == ["c0", "c1", "t0", "t1", "log_ratio"]
+        assert list(table.columns[5:]) == ["effect", "effect_error", "lfsr"]
+        assert np.corrcoef(table["effect"], table["log_ratio"])[0, 1] > 0.9
         assert list(table.index) == list(adata.obs_names)
         assert roc_auc_score(first, table["log_ratio"]) >= 0.95
         # the ratio of cells is 4 to 1 in one cluster and 1 to 4 in the other
         assert table["log_ratio"][first].median() == pytest.approx(np.log(4), abs=0.5)
         assert table["log_ratio"][~first].median() == pytest.approx(-np.log(4), abs=0.5)
+
+
+def test_shares_of_groups_are_compared_between_samples(fitted):
+    adata = fitted.dataset.adata.copy()
+    rng = np.random.default_rng(0)
+    more = (adata.obs["label"] == "label_0").to_numpy()
+    side = np.where(rng.random(adata.n_obs) < np.where(more, 0.8, 0.35), "t", "c")
+    adata.obs["mouse"] = [f"{name}{i % 3}" for i, name in enumerate(side)]
+    sets = {"samples1": ["t0", "t1", "t2"], "samples2": ["c0", "c1", "c2"]}
+    table = fitted.differential_abundance(adata, sample_key="mouse", groupby="label", **sets)
+    assert table.index[0] == "label_0" and table.loc["label_0", "lfc_mean"] > 0.3
+    assert (table["n_replicates1"] == 3).all()
+    np.testing.assert_array_equal(
+        table["n_cells1"] + table["n_cells2"], adata.obs["label"].value_counts()[table.index]
+    )
+    with pytest.raises(QueryError, match="groupby='type' is no column"):
+        fitted.differential_abundance(adata, sample_key="mouse", groupby="type", **sets)
+    with pytest.raises(QueryError, match="samples1 has 0 samples"):
+        fitted.differential_abundance(adata, sample_key="mouse", groupby="label")
 
 
 def test_abundance_swaps_and_keeps_the_cells_asked_for(fitted):

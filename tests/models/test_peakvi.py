@@ -267,7 +267,7 @@ COLUMNS += ["emp_prob1", "emp_prob2", "emp_effect", "is_da_fdr_0.05"]
 
 
 def test_columns_and_the_sign_group1_minus_group2(fitted):
-    table = fitted.differential_accessibility(groupby="group", group1="0", group2="2")
+    table = fitted.differential_accessibility(groupby="group", group1="0", group2="2", mode="change")
     assert set(COLUMNS) <= set(table.columns)
     assert not [name for name in table if name.startswith(("raw", "proba", "scale", "is_de", "lfc"))]
     np.testing.assert_allclose(table["emp_effect"], table["emp_prob1"] - table["emp_prob2"])
@@ -276,17 +276,21 @@ def test_columns_and_the_sign_group1_minus_group2(fitted):
     seen = (fitted.dataset.adata.X[(fitted.dataset.adata.obs["group"] == "0").to_numpy()] > 0).mean(0)
     seen = pd.Series(np.asarray(seen).ravel(), index=fitted.dataset.adata.var_names)
     np.testing.assert_allclose(table["emp_prob1"], seen[table.index])
-    back = fitted.differential_accessibility(groupby="group", group1="2", group2="0").loc[table.index]
+    back = fitted.differential_accessibility(groupby="group", group1="2", group2="0", mode="change")
+    back = back.loc[table.index]
     np.testing.assert_allclose(back["effect_size"], -table["effect_size"], atol=0.03)
 
 
 def test_one_sided_asks_for_more_in_group1(fitted):
-    options = DifferentialOptions(n_samples=2000)
     two, one = (
         fitted.differential_accessibility(
-            groupby="group", group1="0", group2="2", two_sided=sides, options=options
+            groupby="group",
+            group1="0",
+            group2="2",
+            mode="change",
+            options=DifferentialOptions(n_samples=2000, test=test),
         ).sort_index()
-        for sides in (True, False)
+        for test in ("three", "one")
     )
     closed = one["effect_size"] < -0.2
     assert (
@@ -296,18 +300,33 @@ def test_one_sided_asks_for_more_in_group1(fitted):
 
 
 def test_a_delta_above_every_effect_calls_nothing(fitted):
-    table = fitted.differential_accessibility(groupby="group", delta=1.0)
-    assert (table["prob_da"] == 0).all() and not table["is_da_fdr_0.05"].any()
-    assert fitted.differential_accessibility(groupby="group")["is_da_fdr_0.05"].any()
+    for mode in ("population", "change"):
+        table = fitted.differential_accessibility(groupby="group", delta=1.0, mode=mode)
+        assert (table["prob_da"] < 0.1).all() and not table["is_da_fdr_0.05"].any()
+        assert fitted.differential_accessibility(groupby="group", mode=mode)["is_da_fdr_0.05"].any()
+
+
+def test_means_are_differences_of_probabilities(fitted):
+    table = fitted.differential_accessibility(groupby="group", group1="0", group2="2")
+    assert table["tested"].mean() > 0.9
+    table = table[table["tested"]]
+    assert {"prob_da", "lfsr", "effect_size", "effect_low", "effect_high", "is_da_fdr_0.05"} <= set(table)
+    assert not [name for name in table if name.startswith(("raw", "proba", "scale", "is_de", "lfc"))]
+    np.testing.assert_allclose(table["effect_estimate"], table["est_prob1"] - table["est_prob2"], atol=1e-9)
+    assert table[["effect_size", "emp_effect"]].corr(method="spearman").iloc[0, 1] > 0.8
+    back = fitted.differential_accessibility(groupby="group", group1="2", group2="0").loc[table.index]
+    np.testing.assert_array_equal(back["effect_size"], -table["effect_size"])
+    np.testing.assert_array_equal(back["effect_low"], -table["effect_high"])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_random_split_calls_nothing(fitted, seed):
     cells = np.random.default_rng(seed).permutation(fitted.dataset.n_cells)
     half = len(cells) // 2
-    table = fitted.differential_accessibility(idx1=cells[:half], idx2=cells[half:])
-    assert table["is_da_fdr_0.05"].mean() <= 0.001
-    assert np.abs(table["effect_size"]).max() < 0.1
+    for mode in ("population", "change"):
+        table = fitted.differential_accessibility(idx1=cells[:half], idx2=cells[half:], mode=mode)
+        assert table["is_da_fdr_0.05"].mean() <= 0.001
+        assert np.abs(table["effect_size"]).max() < 0.1
 
 
 def test_the_log2_ratio_is_there_on_request(fitted):
@@ -316,6 +335,7 @@ def test_the_log2_ratio_is_there_on_request(fitted):
         groupby="group", group1="0", group2="2", delta=0.5, options=options
     )
     assert not [name for name in table if name.startswith("lfc_")]
+    table = table[table["tested"]]
     ratio = np.log2(table["est_prob1"] / table["est_prob2"])
     assert np.corrcoef(ratio, table["effect_size"])[0, 1] > 0.9 and np.abs(table["effect_size"]).max() > 1
 
@@ -355,7 +375,7 @@ def test_recovers_what_was_simulated():
     for one, two in (("0", "1"), ("2", "3")):
         means = [truth["accessibility"][truth["group"] == int(name)].mean(0) for name in (one, two)]
         effect = np.abs(means[0] - means[1])
-        table = model.differential_accessibility(groupby="group", group1=one, group2=two)
+        table = model.differential_accessibility(groupby="group", group1=one, group2=two, mode="change")
         table = table.loc[model.data.names("accessibility")]
         clear = (effect >= 0.3) | (effect < 0.05)
         assert roc_auc_score(effect[clear] >= 0.3, table["prob_da"][clear]) >= 0.95
@@ -382,7 +402,9 @@ def test_regions_that_vary_within_both_groups_are_not_called():
     false, found = {}, {}
     for test in ("three", "two"):
         options = DifferentialOptions(test=test)
-        table = model.differential_accessibility(groupby="group", group1="1", group2="0", options=options)
+        table = model.differential_accessibility(
+            groupby="group", group1="1", group2="0", mode="change", options=options
+        )
         called = table.loc[adata.var_names, "is_da_fdr_0.05"].to_numpy()
         false[test], found[test] = (called & ~different).sum() / called.sum(), called[different].mean()
     assert false["three"] <= 0.1 and found["three"] >= 0.8, (false, found)

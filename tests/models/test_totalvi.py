@@ -300,7 +300,7 @@ def test_a_predictive_check_of_both_leaves_out_what_was_not_measured(fitted):
 
 
 def test_genes_and_proteins_in_one_table(fitted):
-    table = fitted.differential_expression(groupby="label", group1=["label_0", "label_1"])
+    table = fitted.differential_expression(groupby="label", group1=["label_0", "label_1"], mode="change")
     sizes = table.groupby(["comparison", "modality"]).size().unstack()
     assert (sizes["counts"] == N_GENES).all() and (sizes["proteins"] == N_PROTEINS).all()
     proteins = table[table["modality"] == "proteins"]
@@ -316,6 +316,18 @@ def test_genes_and_proteins_in_one_table(fitted):
     assert row["non_zeros_proportion1"] == pytest.approx((counts > 0).mean(), rel=1e-5)
     vanilla = fitted.differential_expression(groupby="label", group1="label_0", mode="vanilla")
     assert vanilla["bayes_factor"].is_monotonic_decreasing and "modality" in vanilla
+
+
+def test_means_of_genes_and_proteins_in_one_table(fitted):
+    table = fitted.differential_expression(groupby="label", group1="label_0")
+    assert table["modality"].value_counts().to_dict() == {"counts": N_GENES, "proteins": N_PROTEINS}
+    proteins = table[table["modality"] == "proteins"]
+    # one count is added to both sides
+    expected = np.log2(proteins["scale1"] + 1) - np.log2(proteins["scale2"] + 1)
+    np.testing.assert_allclose(proteins["lfc_estimate"], expected, atol=1e-6)
+    # an interval of no effect at all is a point, and the mean beside it not quite
+    assert (table["lfc_low"] - 1e-3 <= table["lfc_mean"]).all()
+    assert (table["lfc_mean"] <= table["lfc_high"] + 1e-3).all()
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -434,7 +446,7 @@ def recovery(model, adata, truth):
         np.corrcoef(np.log1p(total[lacking, j]), np.log1p(truth["y"][lacking, j]))[0, 1] for j in range(4)
     ]
     z = model.get_latent_representation()
-    table = model.differential_expression(groupby="cluster", group1="0", group2="1")
+    table = model.differential_expression(groupby="cluster", group1="0", group2="1", mode="change")
     called = (
         table[table["modality"] == "proteins"].loc[list(adata.obsm["proteins"]), "is_de_fdr_0.05"].to_numpy()
     )
@@ -535,7 +547,7 @@ def test_a_pseudocount_that_is_given_holds_for_proteins_too(fitted, monkeypatch)
     monkeypatch.setattr("pyrocell.models.comparisons.differential", watched)
     for given in (1e-4, None):
         options = pyrocell.DifferentialOptions(pseudocount=given, n_samples=200)
-        fitted.differential_expression(groupby="label", group1="label_0", options=options)
+        fitted.differential_expression(groupby="label", group1="label_0", mode="change", options=options)
     assert used == [1e-4, 1e-4, None, 1.0]
 
 

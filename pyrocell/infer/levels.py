@@ -1,0 +1,162 @@
+"""Level of a quantity in sets of cells: the model's mean, corrected by what was counted beyond what it expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+
+from pyrocell.infer.moments import StratumMoments
+
+__all__ = ["Levels", "Scale", "corrected_levels"]
+
+PRIOR_COUNT = 0.5
+"""Counts, at the rate that the model expects, that the prior of the correction is worth."""
+
+BORROWED = 10.0
+"""Observations that what is common to similar features is worth, when the dispersion of one is estimated."""
+
+_FEATURES_A_BIN, _MOST_BINS = 20, 20
+
+
+@dataclass(frozen=True)
+class Scale:
+    """On what scale two levels are compared.
+
+    Parameters
+    ----------
+    effect
+        ``"log2_ratio"`` or ``"difference"``.
+    pseudocount
+        Added to both levels before the ratio; 0 for the bare ratio.
+    """
+
+    effect: Literal["log2_ratio", "difference"]
+    pseudocount: float = 0.0
+
+    @property
+    def is_bare_ratio(self) -> bool:
+        """Whether effects are log ratios of the levels themselves."""
+        return self.effect == "log2_ratio" and self.pseudocount == 0.0
+
+    def of(self, level: np.ndarray) -> np.ndarray:
+        """Put levels on the scale on which effects are differences."""
+        if self.effect == "difference":
+            return level
+        smallest = np.finfo(np.float64).tiny
+        return np.log2(np.maximum(level + self.pseudocount, smallest))
+
+    def slope(self, level: np.ndarray) -> np.ndarray:
+        """Return the derivative of `of`."""
+        if self.effect == "difference":
+            return np.ones_like(level)
+        return 1.0 / (np.log(2.0) * np.maximum(level + self.pseudocount, np.finfo(np.float64).tiny))
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Levels of some sets of cells, shape ``(n_sets, n_features)`` each.
+
+    Parameters
+    ----------
+    model
+        Mean of the quantity as the model has it.
+    level
+        The same after the correction.
+    variance
+        Sampling variance of ``level``.
+    counted, exposure, dispersion
+        Of a quantity that is corrected by a ratio: the counts with the prior's share, what they are divided by to
+        give the level, and the variance of the level over that of a Poisson count.
+    total
+        What was counted.
+    """
+
+    model: np.ndarray
+    level: np.ndarray
+    variance: np.ndarray
+    counted: np.ndarray
+    exposure: np.ndarray
+    dispersion: np.ndarray
+    total: np.ndarray
+
+    def among(self, chosen: np.ndarray) -> Levels:
+        """Return the levels of some features."""
+        return Levels(*(getattr(self, field.name)[:, chosen] for field in fields(self)))
+
+
+def corrected_levels(
+    moments: StratumMoments, sets: Sequence[Sequence[int]], *, by: Literal["ratio", "shift"]
+) -> Levels:
+    """Correct the model's mean in each set of cells by the counts.
+
+    By ``"ratio"``, the level is the model's mean times (a + counted) / (a + expected): the posterior mean of a factor
+    with a Gamma(a, a) prior, of which counts are Poisson with the model's expectation as offset. By ``"shift"``, for
+    values that may be negative, it is the mean plus the mean of observed minus expected.
+
+    Parameters
+    ----------
+    moments
+        Of disjoint strata.
+    sets
+        Strata of each set of cells.
+    by
+        Kind of correction.
+
+    Returns
+    -------
+    Levels
+
+    Notes
+    -----
+    Where n cells have counts x, expectations e and quantities m, the relative error of the level is, to first order,
+    the sum over cells of m / sum(m) - 1 / n + x / (a + sum(x)) - e / (a + sum(e)): its variance is that of the Bayesian
+    bootstrap over cells, and counts of zeros and ones give it that of the gamma posterior. The number of counts turns
+    it into a dispersion, which is averaged with that of the other sets of cells and of features of similar counts.
+    """
+    united = moments.united(sets)
+    n, (counted, expected, quantity) = united.n[:, None], united.sums
+    model = quantity / n
+    if by == "shift":
+        one = np.ones_like(model)
+        level = model + (counted - expected) / n
+        variance = united.weighted(one, -one, one) / n**2 - level**2 / n
+        variance = np.maximum(variance, 1e-12) * n / np.maximum(n - 1, 1)
+        return Levels(model, level, variance, one, one, variance, np.abs(counted))
+    counted, expected = counted + PRIOR_COUNT, expected + PRIOR_COUNT
+    safe = np.maximum(quantity, np.finfo(np.float64).tiny)
+    departure = (united.sums[0] / counted - united.sums[1] / expected) / n
+    relative = united.weighted(1.0 / counted, -1.0 / expected, 1.0 / safe) - 1.0 / n - 2.0 * departure
+    dispersion = _dispersion(np.maximum(relative, 0.0) * counted, united)
+    exposure = expected / np.maximum(model, np.finfo(np.float64).tiny)
+    level = counted / exposure
+    return Levels(
+        model, level, level**2 * dispersion / counted, counted, exposure, dispersion, united.sums[0]
+    )
+
+
+def _dispersion(own: np.ndarray, united: StratumMoments) -> np.ndarray:
+    """Average the dispersion of each set of cells with that of all sets, and of features with similar counts."""
+    n, total = united.n[:, None], united.sums[0]
+    own = own * n / np.maximum(n - 1.0, 1.0)
+    is_counted = (total.sum(axis=0) > 0) | (united.sums[1].sum(axis=0) > 0)
+    weight = np.where(is_counted, np.minimum(total, n - 1.0), n - 1.0)
+    support = weight.sum(axis=0)
+    pooled = (weight * own).sum(axis=0) / np.maximum(support, 1e-12)
+    usual = _usual(pooled, total.sum(axis=0), support > 0)
+    pooled = (support * pooled + BORROWED * usual) / (support + BORROWED)
+    mixed = (weight * own + BORROWED * pooled) / (weight + BORROWED)
+    return np.maximum(mixed, 1e-9)
+
+
+def _usual(dispersion: np.ndarray, total: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Median dispersion of features with similar totals, shape ``(n_features,)``."""
+    if not known.any():
+        return np.ones_like(dispersion)
+    order = np.flatnonzero(known)[np.argsort(total[known], kind="stable")]
+    bins = np.array_split(order, int(np.clip(len(order) // _FEATURES_A_BIN, 1, _MOST_BINS)))
+    size = np.log1p(total)
+    middles = [float(size[members].mean()) for members in bins]
+    return np.interp(size, middles, [float(np.median(dispersion[members])) for members in bins])
