@@ -22,7 +22,7 @@ ROWS = [
 
 
 @cache
-def tests_in(path: str) -> set[str]:
+def functions_of(path: str) -> set[str]:
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -47,6 +47,6 @@ def test_the_guard_exists(row):
     checks = re.findall(r"contract: (.+?)(?=, contract:|, `|$)", guards)
     assert named or checks, f"{row[0]} is guarded by nothing"
     for path, test in named:
-        assert test in tests_in(path), f"{row[0]}: there is no {path}::{test}"
+        assert test in functions_of(path), f"{row[0]}: there is no {path}::{test}"
     for check in checks:
         assert check in CHECKS, f"{row[0]}: the contract has no check {check!r}"

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 _FEWEST_EPOCHS = 20
-_FALLING = 0.01
+_FALLING = 0.02
 """Share of the whole fall of the loss that the last fifth of training may still bring."""
 _DEAD = 0.02
 """A dimension of which less is explained by the cell holds nothing: its posterior is the same for all cells."""

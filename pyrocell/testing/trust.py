@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
+from pyrocell.infer.plan import TrainingPlan
 from pyrocell.testing.asking import answers, assert_same, has_gaussian_posterior, terms_at_mean
 from pyrocell.testing.cases import ModelCase
 from pyrocell.testing.containers import read_backed, write
@@ -72,7 +75,44 @@ def _check_diagnosis(case: ModelCase) -> None:
     pd.testing.assert_frame_equal(found.table, model.diagnose().table)
 
 
+def _check_probabilities(case: ModelCase) -> None:
+    model = case.trained
+    tables: dict[str, Any] = {}
+    predict: Any = getattr(model, "predict", None)
+    if predict is not None and "soft" in inspect.signature(predict).parameters:
+        tables["predict"] = predict(soft=True)
+    if hasattr(model, "get_proportions"):
+        tables["get_proportions"] = model.get_proportions()
+    if model.mapping_site is not None:
+        tables[model.mapping_site] = model.posterior(model.mapping_site)
+    for name, table in tables.items():
+        shares = np.asarray(table, dtype=np.float64)
+        assert (shares >= 0).all() and np.allclose(shares.sum(1), 1, atol=1e-5), f"{name} does not sum to one"
+
+
+def _check_half_precision(case: ModelCase) -> None:
+    model = case.make()
+    dataset = model.require_data(None)
+    cells = dataset.cells(np.arange(dataset.n_cells if model.full_batch else 32))
+    model.module.train()
+    products = TrainingPlan(precision="bfloat16").products(model.device)
+    with model.stream.active(), model.running(), products:
+        terms = model.elbo()(cells, with_extra=True)
+        terms.loss.backward()
+    for name, value in {"loss": terms.loss, **terms.sites}.items():
+        assert value.dtype == torch.float32, f"{name} is {value.dtype} under autocast"
+        assert value.isfinite().all(), f"{name} is not finite under autocast"
+    broken = [
+        name
+        for name, p in model.module.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
+    ]
+    assert not broken, f"the gradients of {broken} are not finite under autocast"
+
+
 TRUST_FUNCTIONS: dict[str, Callable[[ModelCase], None]] = {
     "rows come in the order asked for": _check_rows,
     "the diagnosis speaks of what the model has": _check_diagnosis,
+    "probabilities sum to one": _check_probabilities,
+    "likelihoods stay float32 in half precision": _check_half_precision,
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import anndata
 import numpy as np
 import pandas as pd
+import pyro
 import pytest
+import torch
 from scipy import sparse
 
 import pyrocell
-from pyrocell.data import synthetic_iid
+from pyrocell.data import Dataset, synthetic_iid
+from pyrocell.distributions import Poisson, StandardNormal
 from pyrocell.models.labels import ClassifierOptions
 from pyrocell.testing import CHECKS, ModelCase, check_model, run_check
 from tests.models import test_velovi
@@ -320,3 +323,42 @@ def test_a_broken_model_fails_and_the_message_names_the_promise():
 
 def test_a_whole_check_in_one_call():
     check_model(CASES["NoLatent"])
+
+
+def test_rows_that_come_sorted_are_noticed(monkeypatch):
+    """The rows of a file are read in order, and nobody puts them back."""
+    case = CASES["NoLatent"]
+    assert case.trained.is_trained
+    straight = Dataset.minibatches
+    monkeypatch.setattr(
+        Dataset, "minibatches", lambda self, rows, *a, **k: straight(self, np.sort(rows), *a, **k)
+    )
+    with pytest.raises(AssertionError, match="breaks the contract 'rows come in the order asked for'"):
+        run_check("rows come in the order asked for", case)
+
+
+def test_probabilities_that_do_not_sum_to_one_are_noticed(monkeypatch):
+    case = CASES["SpatialStereoscope"]
+    right = case.trained.get_proportions()
+    monkeypatch.setattr(case.trained, "get_proportions", lambda: 1.01 * right)
+    with pytest.raises(AssertionError, match="get_proportions does not sum to one"):
+        run_check("probabilities sum to one", case)
+
+
+class _HalfPrecision(BatchVAE):
+    """Computes its likelihood in the precision of its networks."""
+
+    def model(self, cells):
+        with self.plate(cells):
+            z = pyro.sample("z", StandardNormal(self.encoder.n_latent))
+            rho = pyro.deterministic("rho", self.decoder(z, cells.batch), event_dim=1)
+            mean = (cells.library * rho @ torch.eye(N_GENES)).clamp_min(1e-6)  # a product: bfloat16
+            x = torch.distributions.Poisson(mean, validate_args=False)
+            pyro.factor("x_term", x.log_prob(cells.counts.to(mean.dtype)).sum(-1))
+            pyro.sample("x", Poisson(mean).to_event(1), obs=cells.counts)
+
+
+def test_a_likelihood_in_half_precision_is_noticed():
+    case = ModelCase(_HalfPrecision, small_data, {"batch_key": "batch"}, SMALL)
+    with pytest.raises(AssertionError, match="is torch.bfloat16 under autocast|is not finite under autocast"):
+        run_check("likelihoods stay float32 in half precision", case)

@@ -52,7 +52,7 @@ def fit(setup, max_epochs=120, *, plan=None, **options):
 
 @cache
 def good():
-    return fit({"batch_key": "lane"}, 240)
+    return fit({"batch_key": "lane"}, 160)
 
 
 FAULTS = {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pyrocell
 from pyrocell import SCVI
 from tests.models.oddities import CONTAINERS, DTYPES, MODELS, ODDITIES, attempt, good, judge
+from tests.models.test_contract import CASES
 
 # The same examples on every run: a test that fails now and then is looked at by nobody.
 SAME = {
@@ -73,7 +74,7 @@ def test_every_container_and_type(container, how):
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 100, 20))
 def test_a_hundred_seeds_of_a_default_run(first, monkeypatch):
-    """As a user runs it: every default but the length; no step is skipped, nothing is NaN."""
+    """As a user runs it, with every default but the length (20 epochs): no step is skipped, nothing is NaN."""
     monkeypatch.setattr(pyrocell.settings, "progress", False)
     monkeypatch.setattr(pyrocell.settings, "device", "cpu")
     broken = []
@@ -88,6 +89,13 @@ def test_a_hundred_seeds_of_a_default_run(first, monkeypatch):
         if not finite or model.history["skipped_steps"].sum():
             broken.append(seed)
     assert broken == []
+
+
+def test_every_public_model_is_tried():
+    public = {
+        case.model_class for case in CASES.values() if case.model_class.__module__.startswith("pyrocell")
+    }
+    assert {CASES[name].model_class for name in MODELS} == public
 
 
 def test_one_cell_with_a_parameter_of_its_own():
