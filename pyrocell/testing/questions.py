@@ -69,6 +69,8 @@ def is_answer(answer: Any) -> bool:
         return all(map(is_answer, parts))
     if hasattr(answer, "summary"):  # a PredictiveCheck
         return is_answer(np.asarray(answer.summary))
+    if hasattr(answer, "table"):  # a record around a table
+        return is_answer(answer.table)
     if isinstance(answer, pd.DataFrame):
         numbers = np.asarray(answer.select_dtypes("number"), dtype=float)
         return not answer.empty and (numbers.size == 0 or bool(np.isfinite(numbers).any()))
