@@ -35,7 +35,8 @@ __all__ = ["load", "read", "save"]
 def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata: bool) -> None:
     """Write a model; see `CellModel.save`."""
     folder = Path(folder)
-    if (folder / "model.json").exists() and not overwrite:
+    # Of a first save that was cut off at the very end, the tensors alone have their name already.
+    if any((folder / f"model.{kind}").exists() for kind in ("json", "safetensors")) and not overwrite:
         raise FileExistsError(
             f"{folder} holds a saved model already; choose another folder or give overwrite=True."
         )

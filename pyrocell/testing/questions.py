@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from pyrocell.infer.diagnosis import Diagnosis
 from pyrocell.models.roles import capabilities
 from pyrocell.testing.asking import has_gaussian_posterior
 
@@ -70,7 +69,7 @@ def is_answer(answer: Any) -> bool:
         return all(map(is_answer, parts))
     if hasattr(answer, "summary"):  # a PredictiveCheck
         return is_answer(np.asarray(answer.summary))
-    if isinstance(answer, Diagnosis):
+    if hasattr(answer, "table"):  # a record around a table
         return is_answer(answer.table)
     if isinstance(answer, pd.DataFrame):
         numbers = np.asarray(answer.select_dtypes("number"), dtype=float)
