@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Tangram"]
 
 _CELLS_AT_ONCE = 512
+_START_SD = 0.01
 
 
 class Tangram(CellModel):
@@ -91,7 +92,7 @@ class Tangram(CellModel):
     among the single cells, or with some tens of genes.
 
     Departures from the original: cells are scaled to one depth; ``lambda_g2`` alone weighs the similarity of spots;
-    mapping and filter start alike for all cells.
+    mapping and filter start (nearly) alike for all cells.
 
     References
     ----------
@@ -144,10 +145,9 @@ class Tangram(CellModel):
         if target_count is not None:
             # All start alike: from random ones, the penalty on undecided cells would decide by chance.
             self.filter_logits = nn.Parameter(torch.full((n_cells,), target_count / n_cells).logit(eps=0.01))
-        # All spots alike: noise here would stay in the map of a short training.
-        self.mapping_logits = nn.Parameter(
-            torch.zeros(n_labels if mode == "clusters" else n_cells, len(spatial))
-        )
+        # All spots nearly alike: more noise would stay in the map of a short training.
+        n_rows = n_labels if mode == "clusters" else n_cells
+        self.mapping_logits = nn.Parameter(_START_SD * torch.randn(n_rows, len(spatial)))
         self.cell_parameters = () if mode == "clusters" else ("mapping_logits",)
 
     def model(self, cells: Cells) -> None:
