@@ -79,9 +79,9 @@ class MomentSums:
         chooser = torch.zeros((len(present), len(codes)), device=device)
         chooser[torch.as_tensor(codes, device=device), torch.arange(len(codes), device=device)] = 1.0
         for index, value in enumerate(values):
-            self.sums[index, present] += (chooser @ value).double().cpu().numpy()
+            self.sums[index, present] += (chooser @ value).cpu().double().numpy()
         for index, (one, two) in enumerate(_PAIRS):
-            self.products[index, present] += (chooser @ (values[one] * values[two])).double().cpu().numpy()
+            self.products[index, present] += (chooser @ (values[one] * values[two])).cpu().double().numpy()
 
     def result(self, feature_names: Sequence[str]) -> StratumMoments:
         """Return the sums; raise if some are not finite."""

@@ -102,7 +102,8 @@ def population_differential(
     parts = [_one(data, index, scale, delta, options) for index in range(len(data.plan.contrasts))]
     columns = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     columns[f"is_de_fdr_{fdr_target}"] = _calls(columns["proba_de"], fdr_target, options) & columns["tested"]
-    return _table(data, columns, "lfc_mean" if scale.effect == "log2_ratio" else "effect_mean")
+    effect = "lfc_mean" if scale.effect == "log2_ratio" else "effect_mean"
+    return _table(data, columns, effect, options.contrast)
 
 
 def _one(
@@ -279,13 +280,14 @@ def _raw_columns(raw: tuple[RawSummary, RawSummary]) -> Columns:
     }
 
 
-def _table(data: PopulationData, columns: Columns, effect: str) -> pd.DataFrame:
+def _table(data: PopulationData, columns: Columns, effect: str, coefficient: str | None) -> pd.DataFrame:
     """Stack the comparisons, the clearest features of each first; those not tested come last."""
     ends = (columns[effect.replace("mean", name)] for name in ("low", "high"))
     order = np.lexsort([-columns["proba_de"], -least_effect(*ends), ~columns["tested"]], axis=-1)
     n_features = order.shape[1]
     comparisons = [contrast.comparison for contrast in data.plan.contrasts]
-    names = {"comparison": [one.name for one in comparisons]}
+    what = "" if coefficient is None else f"{coefficient} among "
+    names = {"comparison": [what + one.name for one in comparisons]}
     if any(one.within for one in comparisons):
         names["within"] = [one.within for one in comparisons]
     names |= {"group1": [one.group1 for one in comparisons], "group2": [one.group2 for one in comparisons]}

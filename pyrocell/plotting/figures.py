@@ -164,7 +164,7 @@ def volcano(
     unit = "log2 fold change" if effect == "lfc_mean" else "difference"
     ax.set(xlabel=f"mean {unit}", ylabel=y_name, title=f"{first} against {second}")
     names = [str(name) for name in rows.index]
-    _name_points(ax, x, y / top, names, np.flatnonzero(called), n_labels, top)
+    _name_points(ax, x, y / top, names, np.flatnonzero(called), n_labels=n_labels, top=top)
     ax.legend(
         frameon=False,
         loc="upper center",
@@ -352,6 +352,7 @@ def _name_points(
     y: np.ndarray,
     names: Sequence[str],
     chosen: np.ndarray,
+    *,
     n_labels: int,
     top: float,
 ) -> None:

@@ -391,6 +391,7 @@ def test_covariates_take_their_part_away():
     sex = study.table(sample_key="unit", relative_to="total", design="~ group + sex", contrast="sex[T.M]")
     assert np.abs(found["lfc_estimate"][shifted].median()) < 0.1 < plain["lfc_estimate"][shifted].median()
     assert found[CALLED].sum() <= 2
+    assert set(sex["comparison"]) == {"sex[T.M] among A vs B"}
     assert sex["lfc_estimate"][shifted].median() == pytest.approx(-np.log2(3), abs=0.15)
     assert sex[CALLED][shifted].mean() > 0.8 and sex[CALLED][~shifted].mean() < 0.15
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from pyrocell.data import synthetic_iid
 from pyrocell.errors import PyrocellWarning, QueryError
 from pyrocell.infer.moments import MomentSums
 from tests.models.zoo import PoissonFactors
+from tests.multimodal import real_data
 
 CALLED = "is_de_fdr_0.05"
 
@@ -258,3 +260,44 @@ def test_models_of_few_lines_compare_means():
     model.train(3)
     table = model.differential_expression(groupby="kind", group1="T")
     assert np.isfinite(table["lfc_mean"][table["tested"]]).all()
+
+
+# ------------------------------------------------------------------------------------------------ real data
+
+
+@pytest.mark.slow
+def test_genes_of_the_interferon_response_rise_in_every_cell_type():
+    adata = anndata.read_h5ad(real_data("kang_2donor_muscat.h5ad"))
+    model = fit(adata, 30, n_hidden=128, n_latent=10)
+    known = ["ISG15", "IFIT1", "IFIT3", "IFI6", "ISG20", "MX1", "LY6E", "IFIT2"]
+    for sample_key in ("donor", None):
+        table = ask(
+            model,
+            groupby="cell_type",
+            group1="stim",
+            group2="ctrl",
+            condition="condition",
+            sample_key=sample_key,
+        )
+        for name, part in table.groupby("within"):
+            assert (part.loc[known, "lfc_mean"] > 0).all(), name
+            # two donors leave one degree of freedom
+            assert part.loc[known, CALLED].mean() >= (0.5 if sample_key else 0.75), name
+            place = part.index.get_indexer(known)
+            assert np.sort(place)[3] < 40, (name, place)  # half of them on top
+
+
+@pytest.mark.slow
+def test_donors_of_one_condition_do_not_differ():
+    adata = anndata.read_h5ad(real_data("kang_8donors_12261.h5ad"))
+    adata = adata[adata.obs["cell_type"] == "CD14+ Monocytes"].copy()
+    model = fit(adata, 30, n_hidden=128, n_latent=10)
+    calls, with_cells = [], []
+    donors = np.array(sorted(adata.obs["donor"].unique()))
+    for seed in range(6):
+        some = list(np.random.default_rng(seed).permutation(donors)[:4])
+        first = adata.obs["donor"].isin(some).to_numpy()
+        calls.append(ask(model, idx1=first, idx2=~first, sample_key="donor")[CALLED].mean())
+        with_cells.append(ask(model, idx1=first, idx2=~first)[CALLED].mean())
+    assert np.mean(calls) <= 0.005, calls
+    assert np.mean(with_cells) > 0.05
