@@ -49,13 +49,14 @@ def _zeros_of_nb(
 ) -> None:
     """Write log P(0) = -theta log(1 + mean / theta), which tends to minus the mean itself, down to mean 0."""
     for g in range(log_mean.shape[0]):
-        ratio = exp(log_mean[g] - phi[g])
-        inverse = _ONE / (_ONE + ratio)
-        up = theta[g] * log1p(ratio, inverse)
-        share = theta[g] * (ratio * inverse)
-        value[g] = -up
-        mean_slope[g] = -share
-        theta_slope[g] = share - up
+        log_ratio = log_mean[g] - phi[g]
+        tail = exp(-abs(log_ratio))
+        inverse = _ONE / (_ONE + tail)
+        up = (log_ratio if log_ratio > _ZERO else _ZERO) + log1p(tail, inverse)
+        share = inverse if log_ratio > _ZERO else tail * inverse
+        value[g] = -theta[g] * up
+        mean_slope[g] = -theta[g] * share
+        theta_slope[g] = theta[g] * (share - up)
 
 
 @compiled
@@ -152,20 +153,20 @@ def _one_of_nb(
 ) -> tuple[Number, Number, Number]:
     """Score one count above zero; ``up`` is log(1 + mean / theta) and ``share`` is mean / (mean + theta)."""
     if x == 1.0 or x == 2.0 or x == 3.0 or x == 4.0:  # 97 % of the non-zeros of UMI data
-        # log P(x) = x log(mean) + (1 + x / theta) log P(0) + finite sum: nothing cancels while x is small
         if abs(log_mean - phi) > LARGEST_LOG_RATIO:
             bound, tail, share = _ratio(log_mean - phi)
-            up = max(bound, 0.0) + tail
+            log_mean, up = phi + bound, max(bound, 0.0) + tail
+        # log P(x) = x log(mean) - (x + theta) up + finite sum: nothing cancels while x is small
         value, slope = _few(x, theta) if x > 1.0 else (0.0, 1.0)
         mean_slope = x - share * (x + theta)
-        return value + x * log_mean - (x + theta) * up, mean_slope, slope - up * theta - mean_slope
-    theta = math.exp(phi)
+        return value + x * log_mean - (x + theta) * up, mean_slope, slope - theta * up - mean_slope
+    exact_theta = math.exp(phi)  # large summands cancel
     bound, tail, share = _ratio(log_mean - phi)
-    up = theta * (max(bound, 0.0) + tail)
-    rising, slope = _rising(x, theta)
-    value = rising - math.lgamma(x + 1.0) - up - x * (tail - min(bound, 0.0))
-    mean_slope = x - share * (x + theta)
-    return value, mean_slope, theta * slope - up - mean_slope
+    up = max(bound, 0.0) + tail
+    rising, slope = _rising(x, exact_theta)
+    value = rising - math.lgamma(x + 1.0) - exact_theta * up - x * (tail - min(bound, 0.0))
+    mean_slope = x - share * (x + exact_theta)
+    return value, mean_slope, exact_theta * (slope - up) - mean_slope
 
 
 @compiled

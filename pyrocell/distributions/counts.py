@@ -151,13 +151,18 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
     x : Tensor
         Dense counts, shape (n_rows, n_columns).
     rows, cols, values : Tensor or array
-        Each shape (n_nonzero,): the entries row by row, each position at most once. Stored zeros are
-        dropped.
+        Each shape (n_nonzero,): the entries row by row, and by column in each, each position at most once. Stored zeros
+        are dropped.
 
     Returns
     -------
     Tensor
         ``x`` itself.
+
+    Raises
+    ------
+    ValueError
+        If the entries are not in order, repeat, or lie outside of the counts.
     """
     rows, cols = torch.as_tensor(rows).to(torch.int64), torch.as_tensor(cols).to(torch.int64)
     values = torch.as_tensor(values)
@@ -169,9 +174,22 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
     if not bool(values.all()):
         stored = values != 0
         rows, cols, values = rows[stored], cols[stored], values[stored]
-    flat = torch.add(cols, rows, alpha=x.shape[-1])
     n_rows, n_columns = x.shape
+    flat = torch.add(cols, rows, alpha=n_columns)
+    _check_positions(flat, cols, n_rows, n_columns)
     return NonZeros(flat, values, n_rows=n_rows, n_columns=n_columns, rows=rows, cols=cols).attach_to(x)
+
+
+def _check_positions(flat: Tensor, cols: Tensor, n_rows: int, n_columns: int) -> None:
+    """Raise unless positions ascend inside of the counts: the loops that read them look no further."""
+    if len(flat) == 0:
+        return
+    ascends = bool((flat[1:] > flat[:-1]).all()) and int(flat[0]) >= 0 and int(flat[-1]) < n_rows * n_columns
+    if not ascends or int(cols.min()) < 0 or int(cols.max()) >= n_columns:
+        raise ValueError(
+            f"rows and cols do not go through the {n_rows} x {n_columns} counts row by row, by column in each, without"
+            " repeats; sort them, and sum entries of the same position"
+        )
 
 
 def log1p_counts(x: Tensor) -> Tensor:

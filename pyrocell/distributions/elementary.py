@@ -1,6 +1,7 @@
 """Exponentials and logarithms in float32 for compiled loops, which turn them into vector instructions.
 
-Numba's cache does not notice that a function in another file has changed: after a change here, touch `compiled.py`.
+Numba's cache does not notice that a function in another file has changed: after a change here, touch `compiled.py`. The
+tests have a cache of their own for each state of the two files.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _LOG = tuple(
         3.3333331174e-1,
     )
 )
-_ZERO, _HALF, _ONE = F(0.0), F(0.5), F(1.0)
+_ZERO, _HALF, _ONE, _INFINITY = F(0.0), F(0.5), F(1.0), F(np.inf)
 
 
 @compiled
@@ -79,13 +80,13 @@ def _exp_minus_one_of_rest(r: Number) -> Number:
 
 @compiled
 def exp(x: Number) -> Number:
-    """Compute exp(x) in float32 to 1e-7, 0 below -87, and at most exp(88)."""
-    low = x < _UNDERFLOW
-    x = _OVERFLOW if x > _OVERFLOW else x
-    x = _UNDERFLOW if low else x
+    """Compute exp(x) in float32 to 1e-7, 0 below -87, and infinity above 88."""
+    low, high = x < _UNDERFLOW, x > _OVERFLOW
+    x = _ZERO if low or high else x
     n = I(_whole(x * _LOG2_E))
     r = (x - F(n) * _LN2_HIGH) - F(n) * _LN2_LOW
-    return _ZERO if low else (_exp_minus_one_of_rest(r) + _ONE) * _power_of_two(n)
+    inside = (_exp_minus_one_of_rest(r) + _ONE) * _power_of_two(n)
+    return _ZERO if low else (_INFINITY if high else inside)
 
 
 @compiled

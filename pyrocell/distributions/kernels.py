@@ -211,11 +211,11 @@ def _score_nonzeros(
     call: _Call, counts: NonZeros, parameters: Sequence[Tensor], *, learns: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Score counts on the CPU; what nobody asked for is written into one row, again and again."""
-    shape = parameters[0].shape
-    row = (1, 1, shape[-1])
-    value = torch.empty(row if call.sum_last else shape)
-    sums = torch.empty(shape[:-1] if call.sum_last else (0, 0))
-    slopes = [torch.empty(shape if learns else row) for _ in parameters]
+    like = parameters[0]
+    row = (1, 1, like.shape[-1])
+    value = like.new_empty(row if call.sum_last else like.shape)
+    sums = like.new_empty(like.shape[:-1] if call.sum_last else (0, 0))
+    slopes = [like.new_empty(like.shape if learns else row) for _ in parameters]
     call.family.compiled(
         counts.as_arrays,
         tuple(parameter.detach().numpy() for parameter in parameters),

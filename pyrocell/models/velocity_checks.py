@@ -172,11 +172,13 @@ class VelocityChecks(Velocities):
 def _neighbors(question: Question, neighbors_key: str | None) -> sparse.csr_matrix:
     """Return the graph of neighbours of all cells, after a look at those that were asked for."""
     near = neighbor_graph(question.dataset.adata, neighbors_key)
-    alone = question.rows[np.diff(near.indptr)[question.rows] == 0]
+    alone = question.rows[
+        np.diff(near.indptr)[question.rows] < 2
+    ]  # with one neighbour every way is the same: none
     if len(alone):
         raise QueryError(
-            f"{len(alone)} cells have no neighbour to go to: {list_some(question.dataset.obs_names[alone])}. Leave "
-            "them out, or ask for kind='intrinsic'."
+            f"{len(alone)} cells have fewer than two neighbours to choose from: "
+            f"{list_some(question.dataset.obs_names[alone])}. Leave them out, or ask for kind='intrinsic'."
         )
     return near
 

@@ -86,6 +86,14 @@ def test_attach_refuses_unequal_lengths() -> None:
         attach_nonzeros(torch.zeros(2, 2), [0, 1], [0, 1], [1.0, 2.0, 3.0])
 
 
+@pytest.mark.parametrize(
+    ("rows", "cols"), [([1, 0], [0, 1]), ([0, 0], [1, 1]), ([0], [2]), ([2], [0]), ([-1], [0]), ([1], [-1])]
+)
+def test_entries_out_of_order_or_place_are_refused(rows: list[int], cols: list[int]) -> None:
+    with pytest.raises(ValueError, match="2 x 2 counts row by row"):
+        attach_nonzeros(torch.zeros(2, 2), rows, cols, [1.0] * len(rows))
+
+
 def test_a_deep_copy_keeps_a_right_index() -> None:
     x = sparse_counts()
     NonZeros.of(x)

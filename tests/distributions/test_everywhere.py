@@ -57,6 +57,23 @@ def test_what_is_not_a_number_is_not_hidden(case: Case) -> None:
             assert values.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("log_ratio", [-torch.inf, -89.0, -69.0, -41.0, 41.0, 69.0, 89.0, torch.inf])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_beyond_the_bounds(case: Case, log_ratio: float) -> None:
+    x = torch.tensor([[0.0, 1.0, 2.0, 4.0, 5.0, 2.5]])
+    axes = {"log_theta": 0.0, "zi_logits": 1.0}
+    parameters = [torch.full_like(x, axes.get(name, log_ratio)).requires_grad_() for name in case.names]
+    value = case.build(parameters).log_prob(x)
+    exact = case.make.family.everywhere(x.unsqueeze(0), [p.detach().unsqueeze(0) for p in parameters])[0][0]
+    if (
+        "log_theta" in case.names or log_ratio < 80
+    ):  # rates beyond float32 are infinite in one and not in the other
+        torch.testing.assert_close(value.detach().double(), exact, rtol=2e-6, atol=1e-6, equal_nan=True)
+    if log_ratio == torch.inf:
+        slopes = torch.autograd.grad(value.sum(), parameters)
+        assert not value[0, 0].isfinite() or not torch.cat(slopes).isfinite().all()
+
+
 def test_a_mean_of_zero_gives_no_count_for_sure() -> None:
     x, log_mean = torch.zeros(1, 1, 2), torch.full((1, 1, 2), -torch.inf)
     assert not negative_binomial.everywhere(x, [log_mean, torch.zeros(1, 1, 2)])[0].any()

@@ -347,8 +347,12 @@ def test_extrinsic_uncertainty_needs_neighbours(fitted):
         fitted.get_directional_uncertainty(adata, kind="extrinsic")
     near = adata.obsp["mine"].tolil()
     near[4] = 0
+    near[6] = 0
+    near[6, 7] = 1
     adata.obsp["mine"] = near.tocsr()
-    with pytest.raises(QueryError, match="1 cells have no neighbour to go to: 'cell4'"):
+    with pytest.raises(
+        QueryError, match="2 cells have fewer than two neighbours to choose from: 'cell4', 'cell6'"
+    ):
         fitted.get_directional_uncertainty(adata, kind="extrinsic", neighbors_key="mine")
     fitted.get_directional_uncertainty(
         adata, indices=[5], kind="extrinsic", neighbors_key="mine", n_samples=2
