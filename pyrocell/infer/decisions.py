@@ -7,6 +7,7 @@ import numpy as np
 from pyrocell.errors import QueryError
 
 __all__ = [
+    "LEAST_PROBABILITY",
     "bayes_factor",
     "check_targets",
     "expected_fdr_calls",
@@ -17,6 +18,9 @@ __all__ = [
 
 EPSILON = 1e-8
 """Keeps Bayes factors finite."""
+
+LEAST_PROBABILITY = 0.5
+"""Probability of an effect on a mean below which it is never called, however sure the others are."""
 
 
 def bayes_factor(first: np.ndarray, second: np.ndarray) -> np.ndarray:

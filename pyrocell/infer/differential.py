@@ -11,7 +11,13 @@ import pandas as pd
 
 from pyrocell.errors import DataError, QueryError, list_some
 from pyrocell.infer.comparison import Comparison, compare_groups
-from pyrocell.infer.decisions import bayes_factor, check_targets, expected_fdr_calls, least_effect
+from pyrocell.infer.decisions import (
+    LEAST_PROBABILITY,
+    bayes_factor,
+    check_targets,
+    expected_fdr_calls,
+    least_effect,
+)
 from pyrocell.infer.draw_plan import Contrast, plan_draws
 from pyrocell.infer.draw_pool import DrawPool, Pairs, draw_pool, pair_draws
 from pyrocell.infer.effect_statistics import EffectTask, StratumSummary, effect_statistics, superiority
@@ -291,7 +297,7 @@ def joined_tables(tables: Mapping[str, pd.DataFrame], fdr_target: float) -> pd.D
         ]
         called = np.concatenate(found)
         if "tested" in table:
-            called &= table["tested"].to_numpy()
+            called &= (table["tested"] & (table["proba_de"] >= LEAST_PROBABILITY)).to_numpy()
         table = table.assign(**{f"is_de_fdr_{fdr_target}": called})
     return table
 

@@ -9,7 +9,13 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from pyrocell.infer.decisions import check_targets, expected_fdr_calls, learned_delta, least_effect
+from pyrocell.infer.decisions import (
+    LEAST_PROBABILITY,
+    check_targets,
+    expected_fdr_calls,
+    learned_delta,
+    least_effect,
+)
 from pyrocell.infer.designs import Design, design_of, unit_covariates
 from pyrocell.infer.levels import Levels, Scale, corrected_levels
 from pyrocell.infer.moments import StratumMoments
@@ -247,10 +253,11 @@ def _no_effects(n_features: int) -> Columns:
 
 
 def _calls(proba: np.ndarray, fdr_target: float, options: DifferentialOptions) -> np.ndarray:
-    """Call within each comparison, or over the whole table."""
+    """Call within each comparison, or over the whole table; nothing that is likelier wrong than right."""
+    likely = proba >= LEAST_PROBABILITY
     if options.multiplicity == "table":
-        return expected_fdr_calls(proba.ravel(), fdr_target).reshape(proba.shape)
-    return np.stack([expected_fdr_calls(row, fdr_target) for row in proba])
+        return expected_fdr_calls(proba.ravel(), fdr_target).reshape(proba.shape) & likely
+    return np.stack([expected_fdr_calls(row, fdr_target) for row in proba]) & likely
 
 
 # ------------------------------------------------------------------------------------------------ table
