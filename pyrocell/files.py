@@ -19,7 +19,7 @@ import torch
 
 from pyrocell.errors import LoadError, SaveError
 
-__all__ = ["FORMAT_VERSION", "beside_path", "read_folder", "sealed", "write_folder"]
+__all__ = ["FORMAT_VERSION", "beside_path", "read_folder", "records_in", "sealed", "write_folder"]
 
 FORMAT_VERSION = 2
 _SUM = "checksum"
@@ -97,6 +97,21 @@ def read_folder(folder: str | Path, name: str) -> tuple[dict[str, torch.Tensor],
             return _read_tensors(tensors_path, record), record
         raise
     return _read_tensors(tensors_path, record), record
+
+
+def records_in(folder: str | Path, name: str) -> list[dict[str, Any]]:
+    """Return the sound records of a folder: of the save there, and of one that was cut off between its renames.
+
+    Parameters
+    ----------
+    folder, name
+        As in `write_folder`.
+    """
+    found, plain = [], Path(folder) / f"{name}.json"
+    for path in (plain, _staged(plain.parent, plain.name)):
+        with suppress(LoadError):
+            found.append(_read_json(path))
+    return found
 
 
 def beside_path(folder: str | Path, record: Mapping[str, Any], file_name: str) -> Path:
