@@ -19,7 +19,7 @@ import torch
 
 from pyrocell.errors import LoadError, SaveError
 
-__all__ = ["FORMAT_VERSION", "beside_path", "read_folder", "records_in", "sealed", "write_folder"]
+__all__ = ["FORMAT_VERSION", "beside_path", "holds", "read_folder", "records_in", "sealed", "write_folder"]
 
 FORMAT_VERSION = 2
 _SUM = "checksum"
@@ -97,6 +97,17 @@ def read_folder(folder: str | Path, name: str) -> tuple[dict[str, torch.Tensor],
             return _read_tensors(tensors_path, record), record
         raise
     return _read_tensors(tensors_path, record), record
+
+
+def holds(folder: str | Path, name: str) -> bool:
+    """Whether there is a save in a folder: of one that was cut off at its very end, the tensors alone have their name.
+
+    Parameters
+    ----------
+    folder, name
+        As in `write_folder`.
+    """
+    return any((Path(folder) / f"{name}.{kind}").exists() for kind in ("json", "safetensors"))
 
 
 def records_in(folder: str | Path, name: str) -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyrocell import files
-from pyrocell.errors import LoadError
+from pyrocell.errors import LoadError, TrainingError
 
 if TYPE_CHECKING:
     from pyrocell.infer.trainer import Trainer
 
-__all__ = ["Progress", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Progress", "read_checkpoint", "refuse_to_replace", "write_checkpoint"]
 
 
 @dataclass
@@ -39,6 +39,31 @@ class Progress:
     culprits: list[str] = field(default_factory=list)
     """What was not finite in the steps that were skipped: each once, the first few."""
     rows: list[dict[str, float]] = field(default_factory=list)
+
+
+def refuse_to_replace(folder: str | Path | None, resume: str | Path | None) -> None:
+    """Keep the checkpoint of another training: a new one would write over it, at the first interruption.
+
+    Parameters
+    ----------
+    folder
+        Where checkpoints of the training are to be written, if anywhere.
+    resume
+        Folder of the checkpoint that it goes on from, if any.
+
+    Raises
+    ------
+    TrainingError
+        If there is a checkpoint that the training does not go on from.
+    """
+    if folder is None or not files.holds(folder, "checkpoint"):
+        return
+    if resume is None or Path(resume).resolve() != Path(folder).resolve():
+        raise TrainingError(
+            f"{folder} holds the checkpoint of another training, which this one would write over. To go on from it, "
+            f"give resume={str(folder)!r}; to start anew, choose another folder for TrainingPlan.checkpoint, or "
+            "remove that one."
+        )
 
 
 def write_checkpoint(trainer: Trainer, folder: str | Path) -> None:

@@ -69,8 +69,7 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
 
 def _refuse_to_replace(folder: Path, data_file: str, *, overwrite: bool) -> None:
     """Replace a saved model only if asked to, and data only if they are those of a saved model."""
-    # Of a first save that was cut off at the very end, the tensors alone have their name already.
-    if any((folder / f"model.{kind}").exists() for kind in ("json", "safetensors")) and not overwrite:
+    if files.holds(folder, "model") and not overwrite:
         raise FileExistsError(
             f"{folder} holds a saved model already; choose another folder or give overwrite=True."
         )

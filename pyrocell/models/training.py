@@ -15,7 +15,7 @@ from pyrocell import settings
 from pyrocell.data import Dataset
 from pyrocell.data.resident import resident_on
 from pyrocell.errors import TrainingError, list_some
-from pyrocell.infer.checkpoint import read_checkpoint
+from pyrocell.infer.checkpoint import read_checkpoint, refuse_to_replace
 from pyrocell.infer.elbo import Population
 from pyrocell.infer.freezing import frozen_besides
 from pyrocell.infer.plan import TrainingPlan
@@ -81,8 +81,8 @@ class Training(Manifested):
         Raises
         ------
         TrainingError
-            If the options are impossible, or after repeated non-finite steps: the model then holds its best finite
-            state.
+            If the options are impossible, if the folder for checkpoints holds that of another training, or after
+            repeated non-finite steps: the model then holds its best finite state.
         SaveError
             If a checkpoint cannot be written, such as to a full disk; the one before stays, and the model holds what it
             has learned.
@@ -90,6 +90,7 @@ class Training(Manifested):
         plan = self.default_plan if plan is None else plan
         if self.full_batch or self.has_local_parameters:
             self._refuse_parts(plan, batch_size, train_size, validation_size, early_stopping=early_stopping)
+        refuse_to_replace(plan.checkpoint, resume)
         lr = self.default_lr if lr is None else lr
         dataset = self.require_data(None)
         training, validation = self._split(plan, train_size, validation_size)

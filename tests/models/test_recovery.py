@@ -107,6 +107,21 @@ def test_twice_interrupted_within_one_epoch(tmp_path, monkeypatch, undisturbed):
     assert bits(resumed) == undisturbed
 
 
+def test_the_checkpoint_of_another_training_is_not_written_over(tmp_path, monkeypatch):
+    """The same script again, without resume: the first interruption would leave nothing of the training before."""
+    killing.train(make(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for resume in (None, tmp_path / "elsewhere"):
+        model = make()
+        with monkeypatch.context() as patch:
+            signal_at(patch, 1, signal.SIGTERM)
+            with pytest.raises(TrainingError, match=r"another training.*resume=.*another folder"):
+                killing.train(model, tmp_path, resume=resume)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert not len(model.history) and not len(model.train_indices)
+    killing.train(make(), tmp_path, resume=tmp_path / ".." / tmp_path.name)  # the same folder, said otherwise
+
+
 def test_without_a_place_for_checkpoints_the_model_is_usable_all_the_same(monkeypatch, tmp_path):
     model = make()
     signal_at(monkeypatch, 6, signal.SIGTERM)
