@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyrocell import files
+from pyrocell import files, settings
 from pyrocell.errors import LoadError, TrainingError
 
 if TYPE_CHECKING:
     from pyrocell.infer.trainer import Trainer
 
-__all__ = ["Progress", "read_checkpoint", "refuse_to_replace", "write_checkpoint"]
+__all__ = ["Progress", "leave_checkpoint", "read_checkpoint", "refuse_to_replace", "write_checkpoint"]
 
 
 @dataclass
@@ -88,6 +88,16 @@ def write_checkpoint(trainer: Trainer, folder: str | Path) -> None:
         "plateau": _plateau(trainer),
     }
     files.write_folder(folder, "checkpoint", tensors, record)
+
+
+def leave_checkpoint(trainer: Trainer) -> None:
+    """Write a checkpoint before a training is interrupted, if there is a place for one, and log what there is."""
+    folder, epoch = trainer.plan.checkpoint, trainer.progress.epoch
+    if folder is None:
+        settings.logger.warning("epoch %d: training was interrupted; nothing was written", epoch)
+        return
+    write_checkpoint(trainer, folder)
+    settings.logger.warning("epoch %d: training was interrupted; go on with resume=%r", epoch, str(folder))
 
 
 def read_checkpoint(trainer: Trainer, folder: str | Path) -> None:

@@ -130,6 +130,53 @@ def test_without_a_place_for_checkpoints_the_model_is_usable_all_the_same(monkey
     assert model.is_trained and np.isfinite(model.get_elbo()) and not list(tmp_path.iterdir())
 
 
+STALE = {"lr": 0.3, "batch_size": 32, "n_epochs_kl_warmup": 0, "early_stopping": True, "train_size": 0.8}
+
+
+def signal_after_epoch(monkeypatch, is_last):
+    """Send this process SIGTERM in the validation of an epoch: the first, or the one that ends the training."""
+    plain = Trainer._judge
+
+    def spied(self, row, value):
+        plain(self, row, value)
+        if (self.progress.stale >= self.plan.patience) if is_last else self.progress.epoch == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_judge", spied)
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_a_signal_at_the_early_stop_keeps_the_best_weights(tmp_path, monkeypatch, with_checkpoint):
+    plan = TrainingPlan(patience=2, checkpoint=tmp_path if with_checkpoint else None, checkpoint_every=1000)
+    whole, cut = make(), make()
+    whole.train(60, plan=TrainingPlan(patience=2), **STALE)
+    assert int(whole.history["elbo_validation"].idxmin()) < len(whole.history) - 1 < 59, "nothing is tried"
+    with monkeypatch.context() as patch:
+        signal_after_epoch(patch, is_last=True)
+        with pytest.raises(SystemExit):
+            cut.train(60, plan=plan, **STALE)
+    assert bits(cut) == bits(whole)
+    if with_checkpoint:
+        again = make()
+        again.train(60, plan=TrainingPlan(patience=2), resume=tmp_path, **STALE)
+        assert bits(again) == bits(whole)
+
+
+def test_a_signal_after_the_last_step_of_an_epoch_leaves_a_checkpoint(tmp_path, monkeypatch, undisturbed):
+    plan = TrainingPlan(
+        patience=50, lr_plateau=True, lr_patience=1, checkpoint=tmp_path, checkpoint_every=1000
+    )
+    model, resumed = make(), make()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_judge", lambda self, row, value: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            model.train(killing.N_EPOCHS, plan=plan, **killing.RUN)
+    assert len(model.history) == 1, "another epoch was begun"
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["progress"]["epoch"] == 1
+    killing.train(resumed, tmp_path, resume=tmp_path)
+    assert bits(resumed) == undisturbed
+
+
 def test_handlers_of_the_user_are_called_and_given_back(monkeypatch):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
