@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyrocell import files, settings
-from pyrocell.errors import LoadError, TrainingError
+from pyrocell.errors import LoadError, SaveError, TrainingError
 
 if TYPE_CHECKING:
     from pyrocell.infer.trainer import Trainer
@@ -96,7 +96,15 @@ def leave_checkpoint(trainer: Trainer) -> None:
     if folder is None:
         settings.logger.warning("epoch %d: training was interrupted; nothing was written", epoch)
         return
-    write_checkpoint(trainer, folder)
+    try:
+        write_checkpoint(trainer, folder)
+    except SaveError as error:  # the request to end goes first, and would hide it
+        settings.logger.error(
+            "epoch %d: training was interrupted, and there is NO checkpoint of this step; one of before stays. %s",
+            epoch,
+            error,
+        )
+        return
     settings.logger.warning("epoch %d: training was interrupted; go on with resume=%r", epoch, str(folder))
 
 

@@ -200,6 +200,30 @@ def test_a_second_signal_goes_through_at_once(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "checkpoint.json").read_text())["progress"]["within"] == 0
 
 
+def test_a_handler_that_lets_training_go_on_hears_of_each_signal_and_later_ones_wait(monkeypatch):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with Interruption() as held:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            assert len(seen) == 1 and held.asked == signal.SIGTERM  # the second went through, the first waits
+            held.deliver()
+            assert len(seen) == 2 and held.asked is None
+            signal.raise_signal(signal.SIGTERM)
+            assert len(seen) == 2, "a later signal was not held back"
+        assert len(seen) == 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_a_second_signal_raises_is_raised_once():
+    with pytest.raises(KeyboardInterrupt) as caught, Interruption() as held:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+    assert held.asked is None and caught.value.__context__ is None
+
+
 def test_ignored_signals_and_other_threads_are_left_alone():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -319,6 +343,28 @@ def test_a_disk_that_fills_up_in_training(tmp_path, monkeypatch, undisturbed, af
     resumed = make()
     killing.train(resumed, tmp_path, resume=tmp_path)
     assert bits(resumed) == undisturbed
+
+
+def test_a_signal_on_a_full_disk_says_that_there_is_no_checkpoint(tmp_path, monkeypatch, caplog):
+    model = make()
+    killing.train(make(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    plan = TrainingPlan(patience=50, lr_plateau=True, lr_patience=1, checkpoint=tmp_path, checkpoint_every=1)
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="pyrocell"):
+        full(patch)
+        signal_at(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            model.train(killing.N_EPOCHS + 2, plan=plan, resume=tmp_path, **killing.RUN)
+    [told] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert "NO checkpoint of this step" in told and "No space left on device" in told
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_signal_does_not_hide_that_training_failed(caplog):
+    with caplog.at_level(logging.ERROR, logger="pyrocell"), pytest.raises(SystemExit), Interruption():
+        signal.raise_signal(signal.SIGTERM)
+        raise SaveError("the disk is full")
+    assert "had failed: the disk is full" in caplog.text
 
 
 def test_data_for_which_there_is_no_room_are_refused_before_they_are_written(tmp_path, monkeypatch):
