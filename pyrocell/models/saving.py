@@ -19,10 +19,11 @@ from pyrocell.data.storing import data_file_of, read_data, write_data
 from pyrocell.errors import LoadError
 from pyrocell.infer.freezing import freeze
 from pyrocell.infer.landmarks import Landmarks
+from pyrocell.infer.sound import with_prefix
 from pyrocell.models.manifest import versions
 from pyrocell.models.novelty import find_landmarks
 from pyrocell.models.packing import pack, unpack
-from pyrocell.models.soundness import check_record, check_tensors, no_more_than, with_prefix
+from pyrocell.models.soundness import check_record, check_tensors, no_more_than
 
 if TYPE_CHECKING:
     from anndata import AnnData

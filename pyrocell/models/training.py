@@ -103,7 +103,6 @@ class Training(Manifested):
         default_warmup = default_kl_warmup(max_epochs, self.kl_warmup_cap)
         warmup = default_warmup if n_epochs_kl_warmup is None else n_epochs_kl_warmup
         where = _device(device)
-        self.train_indices, self.validation_indices = training, validation  # a refused call changes nothing
         self.module.to(where)
         minibatches = _minibatches_of(dataset, batch_size, where, n_total=n_train, keep=self.full_batch)
         with self.running():
@@ -119,11 +118,15 @@ class Training(Manifested):
                 early_stopping=early_stopping,
             )
             known = {"batch_size": batch_size, "seed": self.stream.seed}
-            trainer.options |= known | {"cells": self._split_fingerprint()}
+            trainer.options |= known | {"cells": _fingerprint_of(training, validation)}
             trainer.progress.epochs_before = len(self.history)
             if resume is not None:
                 read_checkpoint(trainer, resume)
                 self.history = self.history.iloc[: trainer.progress.epochs_before]
+            self.train_indices, self.validation_indices = (
+                training,
+                validation,
+            )  # a refused call changes nothing
             content = dataset.content_hash if plan.hash_data else None
             cells = {"n_train": n_train, "n_validation": len(validation), "data": content}
             finished = False
@@ -210,11 +213,6 @@ class Training(Manifested):
             )
         return training, validation
 
-    def _split_fingerprint(self) -> str:
-        """Say in few letters which cells are trained and validated on."""
-        content = self.train_indices.tobytes() + b"|" + self.validation_indices.tobytes()
-        return hashlib.blake2b(content, digest_size=8).hexdigest()
-
     def _after_training(self, history: pd.DataFrame) -> None:
         if len(history):
             history.index += len(self.history)
@@ -222,6 +220,12 @@ class Training(Manifested):
             self.is_trained = True
             if self.trainable is None:  # the latents move
                 self.landmarks = None
+
+
+def _fingerprint_of(training: np.ndarray, validation: np.ndarray) -> str:
+    """Say in few letters which cells are trained and validated on."""
+    content = training.tobytes() + b"|" + validation.tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _minibatches_of(

@@ -264,6 +264,69 @@ def test_a_damaged_place_within_the_epoch_is_refused(tmp_path):
             make().train(2, batch_size=32, n_epochs_kl_warmup=1, resume=tmp_path)
 
 
+def damage(folder, change):
+    """Change the record of a checkpoint, and seal it again."""
+    path = folder / "checkpoint.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(pyrocell.files.sealed(record)))
+
+
+def put(part, name, value):
+    return lambda record: record[part].__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            put("progress", name, "x")
+            for name in ("epochs_before", "epoch", "step", "best", "stale", "seconds")
+        ),
+        *(
+            put("progress", name, 1.5)
+            for name in ("epoch", "best_epoch", "bad_in_a_row", "culprits", "tally")
+        ),
+        *(put("progress", name, True) for name in ("epoch", "best")),
+        put("progress", "epoch", -1),
+        put("progress", "culprits", [3]),
+        put("progress", "rows", [3]),
+        put("progress", "rows", [{"epoch": 0}]),
+        put("progress", "rows", [{"epoch": 0, "skipped_steps": "x"}]),
+        put("plateau", "best", "x"),
+        put("plateau", "num_bad_epochs", {}),
+        put("optimizer", "lr", ["x"]),
+        put("shuffle", "state", {"state": 2**200, "inc": 1}),
+    ],
+)
+def test_a_refused_resume_leaves_the_model_as_it_is(tmp_path, change):
+    killing.train(make(), tmp_path)
+    damage(tmp_path, change)
+    model = make()
+    before = bits_of(model)
+    with pytest.raises(LoadError, match="damaged"):
+        killing.train(model, tmp_path, resume=tmp_path)
+    assert bits_of(model) == before
+
+
+def bits_of(model):
+    state = {name: value.numpy().tobytes() for name, value in model.module.state_dict().items()}
+    return state, model.stream.state.numpy().tobytes(), len(model.history), len(model.train_indices)
+
+
+@pytest.mark.parametrize("part", ["module.", "best.", "optimizer.0.exp_avg", "stream"])
+def test_tensors_of_a_checkpoint_that_do_not_fit_change_nothing(tmp_path, part):
+    killing.train(make(), tmp_path)
+    tensors, record = pyrocell.files.read_folder(tmp_path, "checkpoint")
+    name = next(name for name in sorted(tensors) if name.startswith(part))
+    pyrocell.files.write_folder(tmp_path, "checkpoint", tensors | {name: torch.zeros(7, 3)}, record)
+    model = make()
+    before = bits_of(model)
+    with pytest.raises(LoadError, match=r"does not fit|do not fit|no state of random numbers"):
+        killing.train(model, tmp_path, resume=tmp_path)
+    assert bits_of(model) == before
+
+
 # ------------------------------------------------------------------------------------------------ killed
 
 
