@@ -189,12 +189,13 @@ def _check_options(folder: str | Path, written: Any, now: dict[str, Any]) -> Non
         raise LoadError(
             f"The checkpoint in {folder} lacks its options; it is damaged. Start anew without resume."
         )
-    differ = sorted(name for name in {*written, *now} if written.get(name) != now.get(name))
+    unknown = {"data"} if None in (written.get("data"), now.get("data")) else set()  # without hash_data
+    differ = sorted(name for name in {*written, *now} - unknown if written.get(name) != now.get(name))
     if differ:
         then, here = ({name: options.get(name) for name in differ} for options in (written, now))
         raise LoadError(
             f"The checkpoint in {folder} was written with {then}, this call has {here}. Give the same options to go on "
-            "exactly, or start anew without resume."
+            "exactly ('data' is the SHA-256 of the data), or start anew without resume."
         )
 
 

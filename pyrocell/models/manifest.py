@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -75,13 +75,27 @@ class Manifested(ModelCore):
         copied: dict[str, Any] = json.loads(json.dumps(manifest))
         return copied
 
+    def bound_to(self, content: str | None) -> dict[str, Any]:
+        """Return what a checkpoint must agree in with the model that goes on from it, beside options of training.
+
+        Parameters
+        ----------
+        content
+            SHA-256 of the data; None where it is not wanted.
+        """
+        constructor = {f"constructor.{name}": _described(value) for name, value in self.constructor.items()}
+        bound = {"model": type(self).__name__, "data": content, **constructor}
+        return {name: value for name, value in bound.items() if name != "data" or value is not None}
+
     def note_training(self, record: dict[str, Any]) -> None:
         """Add a record; one of epochs that were done anew takes the place of theirs."""
         before = [old for old in self.trainings if old["first_epoch"] < record["first_epoch"]]
         self.trainings = (*before, record)
 
 
-def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, Any]) -> dict[str, Any]:
+def training_record(
+    trainer: Trainer, *, finished: bool, without: Collection[str], beside: Mapping[str, Any]
+) -> dict[str, Any]:
     """Say in JSON values what a training did.
 
     Parameters
@@ -90,11 +104,14 @@ def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, An
         After training.
     finished
         Whether it came to its end, rather than to an interruption or an error.
+    without
+        Options of the trainer that the manifest tells elsewhere.
     beside
         What the trainer does not know.
     """
     plan, rows = trainer.plan, trainer.progress.rows
-    options = {**trainer.options, "max_epochs": trainer.max_epochs, "optimizer": _name_of(plan.optimizer)}
+    options = {name: value for name, value in trainer.options.items() if name not in without}
+    options |= {"max_epochs": trainer.max_epochs, "optimizer": _name_of(plan.optimizer)}
     options |= {name: getattr(plan, name) for name in ("checkpoint_every", "record_step", "max_bad_steps")}
     return {
         "options": options,

@@ -118,7 +118,9 @@ class Training(Manifested):
                 early_stopping=early_stopping,
             )
             known = {"batch_size": batch_size, "seed": self.stream.seed}
-            trainer.options |= known | {"cells": _fingerprint_of(training, validation)}
+            content = dataset.content_hash if plan.hash_data else None
+            bound = self.bound_to(content)
+            trainer.options |= known | bound | {"cells": _fingerprint_of(training, validation)}
             trainer.progress.epochs_before = len(self.history)
             if resume is not None:
                 read_checkpoint(trainer, resume)
@@ -127,7 +129,6 @@ class Training(Manifested):
                 training,
                 validation,
             )  # a refused call changes nothing
-            content = dataset.content_hash if plan.hash_data else None
             cells = {"n_train": n_train, "n_validation": len(validation), "data": content}
             finished = False
             try:
@@ -138,7 +139,9 @@ class Training(Manifested):
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
                 if trainer.progress.rows:
-                    self.note_training(training_record(trainer, finished=finished, beside=cells))
+                    self.note_training(
+                        training_record(trainer, finished=finished, without=bound, beside=cells)
+                    )
 
     def _default_epochs(self, n_train: int) -> int:
         """Return the length of training: as many steps for each parameter, however many cells there are."""
