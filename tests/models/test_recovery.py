@@ -19,6 +19,7 @@ import pyrocell
 from pyrocell import SCVI, TrainingPlan
 from pyrocell.data import synthetic_iid
 from pyrocell.errors import LoadError, PyrocellWarning, SaveError, TrainingError
+from pyrocell.infer.guard import FiniteGuard
 from pyrocell.infer.interruption import Interruption
 from pyrocell.infer.trainer import Trainer
 from tests.models import killing
@@ -463,6 +464,36 @@ def test_the_parameter_of_a_bad_gradient_is_named_in_the_warning():
         model.train(3, batch_size=32)
     assert model.history["skipped_steps"].tolist() == [1, 1, 0]
     assert all(value.isfinite().all() for value in model.module.state_dict().values())
+
+
+def test_with_clipping_too_the_parameter_of_a_bad_gradient_is_named_alone():
+    model = make()
+    name = spoil(model, {3})
+    others = [other for other, _ in model.module.named_parameters() if other != name]
+    with pytest.warns(PyrocellWarning, match=rf"1 training step was.*gradients of '{name}'\.") as caught:
+        model.train(3, batch_size=32, plan=TrainingPlan(max_grad_norm=1.0))
+    assert not any(other in str(caught[0].message) for other in others)
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e3])
+def test_gradients_are_clipped_as_torch_does(most):
+    one, two = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    two.load_state_dict(one.state_dict())
+    for layer in (one, two):
+        layer(torch.ones(4, 3)).square().sum().backward()
+    assert FiniteGuard(one, most).is_finite(torch.tensor(0.0))
+    torch.nn.utils.clip_grad_norm_(two.parameters(), most)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_gradients_whose_norm_alone_is_infinite_are_skipped_and_said(monkeypatch):
+    model = make()
+    parameter = next(iter(model.module.parameters()))
+    count = iter(range(10**6))
+    parameter.register_hook(lambda grad: grad * 0 + 3e38 if next(count) == 1 else grad)
+    with pytest.warns(PyrocellWarning, match=r"non-finite norm of the gradient\."):
+        model.train(2, batch_size=32, plan=TrainingPlan(max_grad_norm=1.0))
 
 
 def test_skipped_steps_of_before_a_resume_are_named_too(tmp_path):
