@@ -59,7 +59,8 @@ class Manifested(ModelCore):
             arguments; arrays and tables by shape and SHA-256), ``setup`` (all arguments of ``setup_anndata``), ``data``
             (``n_cells``, and ``sha256`` of everything read of the data last trained on: None before training),
             ``mapping`` (of a query), and ``trainings``: for each its options, the cells and the device used, the epochs
-            done, whether it came to its end, its versions, and the SHA-256 of the data.
+            and steps done (steps alone, if interrupted in its first epoch), whether it came to its end, its versions,
+            and the SHA-256 of the data at its beginning.
         """
         last = self.trainings[-1]["data"] if self.trainings else None
         manifest = {
@@ -87,9 +88,9 @@ class Manifested(ModelCore):
         bound = {"model": type(self).__name__, "data": content, **constructor}
         return {name: value for name, value in bound.items() if name != "data" or value is not None}
 
-    def note_training(self, record: dict[str, Any]) -> None:
-        """Add a record; one of epochs that were done anew takes the place of theirs."""
-        before = [old for old in self.trainings if old["first_epoch"] < record["first_epoch"]]
+    def note_training(self, record: dict[str, Any], *, resumed: bool) -> None:
+        """Add a record; that of a training which went on from a checkpoint takes the place of those of its epochs."""
+        before = [old for old in self.trainings if not resumed or old["first_epoch"] < record["first_epoch"]]
         self.trainings = (*before, record)
 
 
@@ -117,6 +118,7 @@ def training_record(
         "options": options,
         "first_epoch": trainer.progress.epochs_before,
         "n_epochs": len(rows),
+        "n_steps": trainer.progress.step,
         "n_skipped_steps": int(sum(row["skipped_steps"] for row in rows)),
         "finished": finished,
         "device": str(trainer.device),
