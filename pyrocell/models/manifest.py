@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -94,9 +94,7 @@ class Manifested(ModelCore):
         self.trainings = (*before, record)
 
 
-def training_record(
-    trainer: Trainer, *, finished: bool, without: Collection[str], beside: Mapping[str, Any]
-) -> dict[str, Any]:
+def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, Any]) -> dict[str, Any]:
     """Say in JSON values what a training did.
 
     Parameters
@@ -105,13 +103,11 @@ def training_record(
         After training.
     finished
         Whether it came to its end, rather than to an interruption or an error.
-    without
-        Options of the trainer that the manifest tells elsewhere.
     beside
         What the trainer does not know.
     """
     plan, rows = trainer.plan, trainer.progress.rows
-    options = {name: value for name, value in trainer.options.items() if name not in without}
+    options = {name: value for name, value in trainer.options.items() if not _is_of_model(name)}
     options |= {"max_epochs": trainer.max_epochs, "optimizer": _name_of(plan.optimizer)}
     options |= {name: getattr(plan, name) for name in ("checkpoint_every", "record_step", "max_bad_steps")}
     return {
@@ -126,6 +122,11 @@ def training_record(
         "versions": versions(),
         **beside,
     }
+
+
+def _is_of_model(option: str) -> bool:
+    """Whether the manifest tells of it elsewhere: see `Manifested.bound_to`."""
+    return option in ("model", "data") or option.startswith("constructor.")
 
 
 def _name_of(optimizer: Any) -> str:

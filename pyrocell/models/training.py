@@ -117,18 +117,8 @@ class Training(Manifested):
                 n_epochs_kl_warmup=warmup,
                 early_stopping=early_stopping,
             )
-            known = {"batch_size": batch_size, "seed": self.stream.seed}
             content = dataset.content_hash if plan.hash_data else None
-            bound = self.bound_to(content)
-            trainer.options |= known | bound | {"cells": _fingerprint_of(training, validation)}
-            trainer.progress.epochs_before = len(self.history)
-            if resume is not None:
-                read_checkpoint(trainer, resume)
-                self.history = self.history.iloc[: trainer.progress.epochs_before]
-            self.train_indices, self.validation_indices = (
-                training,
-                validation,
-            )  # a refused call changes nothing
+            self._bind(trainer, resume, batch_size=batch_size, split=(training, validation), content=content)
             cells = {"n_train": n_train, "n_validation": len(validation), "data": content}
             finished = False
             try:
@@ -138,10 +128,29 @@ class Training(Manifested):
             finally:
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
-                if trainer.progress.rows:
-                    self.note_training(
-                        training_record(trainer, finished=finished, without=bound, beside=cells)
-                    )
+                if (
+                    trainer.progress.step
+                ):  # also of an epoch that did not come to its end: the parameters moved
+                    record = training_record(trainer, finished=finished, beside=cells)
+                    self.note_training(record, resumed=resume is not None)
+
+    def _bind(
+        self,
+        trainer: Trainer,
+        resume: str | Path | None,
+        *,
+        batch_size: int,
+        split: tuple[np.ndarray, np.ndarray],
+        content: str | None,
+    ) -> None:
+        """Say what a checkpoint must agree in, and go on from one if asked; a refused one changes nothing."""
+        known = {"batch_size": batch_size, "seed": self.stream.seed, "cells": _fingerprint_of(*split)}
+        trainer.options |= known | self.bound_to(content)
+        trainer.progress.epochs_before = len(self.history)
+        if resume is not None:
+            read_checkpoint(trainer, resume)
+            self.history = self.history.iloc[: trainer.progress.epochs_before]
+        self.train_indices, self.validation_indices = split
 
     def _default_epochs(self, n_train: int) -> int:
         """Return the length of training: as many steps for each parameter, however many cells there are."""
