@@ -116,7 +116,7 @@ def _check_landmarks(found: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def no_more_than(n_bytes: int) -> Iterator[None]:
-    """Refuse to make any tensor far larger than a file has bytes: sizes in a damaged file must not fill the memory.
+    """Refuse to make tensors that are together far larger than a file: sizes in a damaged one must not fill the memory.
 
     Parameters
     ----------
@@ -130,15 +130,16 @@ def no_more_than(n_bytes: int) -> Iterator[None]:
 class _Ceiling(TorchFunctionMode):
     def __init__(self, n_bytes: int) -> None:
         super().__init__()
-        self.n_bytes = n_bytes
+        self.left = n_bytes
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Look at the sizes that a tensor is to be made with."""
+        """Look at the sizes that a tensor is to be made with, and add them up: many small ones fill a memory too."""
         if func in _FACTORIES and args:
             sizes = args[0] if isinstance(args[0], tuple | list | torch.Size) else args
             numbers = [size for size in sizes if isinstance(size, int)]
-            if 4 * math.prod(numbers) > self.n_bytes:
-                raise ValueError(f"a tensor of {tuple(numbers)} is far larger than the file")
+            self.left -= 4 * math.prod(numbers)
+            if self.left < 0:
+                raise ValueError(f"with a tensor of {tuple(numbers)} the model is far larger than the file")
         return func(*args, **(kwargs or {}))
