@@ -60,8 +60,7 @@ def write_folder(
     pair = secrets.token_hex(8)  # tells the two halves of one save from those of another
     data = save({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, {"pair": pair})
     names = [f"{name}.safetensors", *beside, f"{name}.json"]
-    with _refusing(folder, names, len(data)):
-        folder.mkdir(parents=True, exist_ok=True)
+    with _refusing(folder, names, len(data)) as renamed, _alone(folder):
         _settle(folder, name)
         # Every new file is complete on disk before the first takes the place of an old one.
         _write(_staged(folder, names[0]), data)
@@ -73,6 +72,7 @@ def write_folder(
         # From the first of these on the new save is the one that is read: see `_settle`.
         for file_name in names:
             os.replace(_staged(folder, file_name), folder / file_name)
+            renamed.append(file_name)
             _sync(folder)
 
 
@@ -226,10 +226,35 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def _refusing(folder: Path, names: list[str], n_bytes: int) -> Iterator[None]:
-    """Turn a failure of the disk into an error that says what to do, and take what was half written away."""
+def _alone(folder: Path) -> Iterator[None]:
+    """Make a folder, and wait until nobody else writes to it: two writers would mix what they stage.
+
+    The lock is on the folder itself, and ends with the process. Systems and disks without such locks go without.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     try:
+        import fcntl
+    except ImportError:
         yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _refusing(folder: Path, names: list[str], n_bytes: int) -> Iterator[list[str]]:
+    """Turn a failure of the disk into an error that says what to do, and take what was half written away.
+
+    Yields a list, to be filled with the names of files that are in their place.
+    """
+    renamed: list[str] = []
+    try:
+        yield renamed
     except OSError as error:
         free = "unknown"
         with suppress(OSError):
@@ -239,10 +264,14 @@ def _refusing(folder: Path, names: list[str], n_bytes: int) -> Iterator[None]:
                     _staged(folder, file_name).unlink(missing_ok=True)
         with suppress(OSError):
             free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
+        left = (
+            "All of it is on the disk all the same, under names of its own, and is what is read there from now on"
+            if renamed
+            else "What was saved there before is untouched"
+        )
         raise SaveError(
             f"{folder / names[0]} could not be written: {error.strerror or error} (it needs {n_bytes / 1e6:.1f} MB "
-            f"beside the old one; free there: {free}). What was saved there before is untouched. Make room, or save "
-            "to another folder."
+            f"beside the old one; free there: {free}). {left}. Make room, or save to another folder."
         ) from error
 
 
