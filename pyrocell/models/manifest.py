@@ -20,7 +20,7 @@ from pyrocell.models.packing import pack
 if TYPE_CHECKING:
     from pyrocell.infer.trainer import Trainer
 
-__all__ = ["Manifested", "training_record", "versions"]
+__all__ = ["Manifested", "bound_to", "training_record", "versions"]
 
 _PACKAGES = ("pyrocell", "torch", "pyro-ppl", "anndata", "numpy", "scipy", "pandas")
 
@@ -76,22 +76,25 @@ class Manifested(ModelCore):
         copied: dict[str, Any] = json.loads(json.dumps(manifest))
         return copied
 
-    def bound_to(self, content: str | None) -> dict[str, Any]:
-        """Return what a checkpoint must agree in with the model that goes on from it, beside options of training.
-
-        Parameters
-        ----------
-        content
-            SHA-256 of the data; None where it is not wanted.
-        """
-        constructor = {f"constructor.{name}": _described(value) for name, value in self.constructor.items()}
-        bound = {"model": type(self).__name__, "data": content, **constructor}
-        return {name: value for name, value in bound.items() if name != "data" or value is not None}
-
     def note_training(self, record: dict[str, Any], *, resumed: bool) -> None:
         """Add a record; that of a training which went on from a checkpoint takes the place of those of its epochs."""
         before = [old for old in self.trainings if not resumed or old["first_epoch"] < record["first_epoch"]]
         self.trainings = (*before, record)
+
+
+def bound_to(model: Manifested, content: str | None) -> dict[str, Any]:
+    """Return what a checkpoint must agree in with the model that goes on from it, beside options of training.
+
+    Parameters
+    ----------
+    model
+        That is trained.
+    content
+        SHA-256 of the data; None where it is not wanted.
+    """
+    constructor = {f"constructor.{name}": _described(value) for name, value in model.constructor.items()}
+    bound = {"model": type(model).__name__, "data": content, **constructor}
+    return {name: value for name, value in bound.items() if name != "data" or value is not None}
 
 
 def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, An
 
 
 def _is_of_model(option: str) -> bool:
-    """Whether the manifest tells of it elsewhere: see `Manifested.bound_to`."""
+    """Whether the manifest tells of it elsewhere: see `bound_to`."""
     return option in ("model", "data") or option.startswith("constructor.")
 
 

@@ -21,7 +21,7 @@ from pyrocell.infer.freezing import frozen_besides
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
 from pyrocell.infer.trainer import Trainer
-from pyrocell.models.manifest import Manifested, training_record
+from pyrocell.models.manifest import Manifested, bound_to, training_record
 
 __all__ = ["Training"]
 
@@ -145,7 +145,7 @@ class Training(Manifested):
     ) -> None:
         """Say what a checkpoint must agree in, and go on from one if asked; a refused one changes nothing."""
         known = {"batch_size": batch_size, "seed": self.stream.seed, "cells": _fingerprint_of(*split)}
-        trainer.options |= known | self.bound_to(content)
+        trainer.options |= known | bound_to(self, content)
         trainer.progress.epochs_before = len(self.history)
         if resume is not None:
             read_checkpoint(trainer, resume)

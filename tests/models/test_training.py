@@ -239,7 +239,7 @@ def test_resume_with_other_constructor_arguments_of_the_same_sizes_is_refused(tm
 def test_resume_with_other_data_of_the_same_sizes_is_refused(tmp_path):
     make().train(2, plan=TrainingPlan(checkpoint=tmp_path), **RUN)
     other = make()
-    other.dataset.adata.X[3, int(other.dataset.adata.X[3].indices[0])] += 1
+    other.dataset.adata.X[100, int(other.dataset.adata.X[100].indices[0])] += 1
     before = state(other)
     with pytest.raises(LoadError, match=r"'data': '[0-9a-f]{64}'.*SHA-256 of the data"):
         other.train(4, resume=tmp_path, **RUN)
