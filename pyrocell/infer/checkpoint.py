@@ -22,6 +22,10 @@ __all__ = ["Progress", "leave_checkpoint", "read_checkpoint", "refuse_to_replace
 _OF_EACH_ENTRY = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} is {value!r}, no number")
@@ -50,6 +54,11 @@ class Progress:
     """What was not finite in the steps that were skipped: each once, the first few."""
     rows: list[dict[str, float]] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values: ``null`` for what is not finite, which JSON has no word for."""
+        rows = [{name: _or_null(value) for name, value in row.items()} for row in self.rows]
+        return {**vars(self), "best": _or_null(self.best), "rows": rows}
+
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Progress:
         """Return what a record says, each entry of the kind that it has here.
@@ -65,6 +74,10 @@ class Progress:
             If it is damaged.
         """
         found = cls(**record)
+        found.best = math.inf if found.best is None else found.best
+        found.rows = [
+            {name: math.nan if value is None else value for name, value in row.items()} for row in found.rows
+        ]
         for name, default in vars(cls()).items():
             value = getattr(found, name)
             if isinstance(default, float):
@@ -123,11 +136,11 @@ def write_checkpoint(trainer: Trainer, folder: str | Path) -> None:
     record = {
         "kind": "checkpoint",
         "options": trainer.options,
-        "progress": vars(trainer.progress),
+        "progress": trainer.progress.to_json(),
         # Within an epoch that at its beginning: the same order comes again, and the steps taken are left out.
         "shuffle": trainer.order_of_epoch if trainer.progress.within else trainer.shuffle.bit_generator.state,
         "optimizer": {"scalars": scalars, "lr": [float(g["lr"]) for g in trainer.optimizer.param_groups]},
-        "plateau": _plateau(trainer),
+        "plateau": {name: None if value == math.inf else value for name, value in _plateau(trainer).items()},
     }
     files.write_folder(folder, "checkpoint", tensors, record)
 
@@ -208,6 +221,7 @@ def _plateau_from_json(trainer: Trainer, record: dict[str, Any]) -> dict[str, An
     """Return what belongs to the plateau, each of the kind that it has."""
     now = _plateau(trainer)
     found = {name: record[name] for name in now}
+    found |= {name: math.inf for name in ("best", "mode_worse") if name in found and found[name] is None}
     for name, value in found.items():
         known = int | float if isinstance(now[name], int | float) else list
         if not isinstance(value, known):

@@ -265,6 +265,27 @@ def test_a_damaged_place_within_the_epoch_is_refused(tmp_path):
             make().train(2, batch_size=32, n_epochs_kl_warmup=1, resume=tmp_path)
 
 
+def test_a_checkpoint_is_strict_json(tmp_path):
+    """Before warm-up is over there is no best epoch yet; an epoch of skipped steps alone has no means."""
+    model = make()
+    spoil(model, {0})
+    with pytest.warns(PyrocellWarning, match="skipped"):
+        model.train(
+            1, batch_size=200, train_size=1.0, plan=TrainingPlan(checkpoint=tmp_path), n_epochs_kl_warmup=2
+        )
+
+    def never(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    record = json.loads((tmp_path / "checkpoint.json").read_text(), parse_constant=never)
+    assert record["progress"]["best"] is None and record["plateau"]["best"] is None
+    assert record["progress"]["rows"][0]["elbo_train"] is None
+    again = make()
+    with pytest.warns(PyrocellWarning, match="skipped"):
+        again.train(3, batch_size=200, train_size=1.0, resume=tmp_path, n_epochs_kl_warmup=2)
+    assert again.history["elbo_train"].isna().tolist() == [True, False, False]
+
+
 def damage(folder, change):
     """Change the record of a checkpoint, and seal it again."""
     path = folder / "checkpoint.json"
