@@ -19,7 +19,7 @@ import torch
 
 from pyrocell.errors import LoadError, SaveError
 
-__all__ = ["FORMAT_VERSION", "beside_path", "read_folder", "sealed", "write_folder"]
+__all__ = ["FORMAT_VERSION", "beside_path", "holds", "read_folder", "records_in", "sealed", "write_folder"]
 
 FORMAT_VERSION = 2
 _SUM = "checksum"
@@ -60,8 +60,7 @@ def write_folder(
     pair = secrets.token_hex(8)  # tells the two halves of one save from those of another
     data = save({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, {"pair": pair})
     names = [f"{name}.safetensors", *beside, f"{name}.json"]
-    with _refusing(folder, names, len(data)):
-        folder.mkdir(parents=True, exist_ok=True)
+    with _refusing(folder, names, len(data)) as renamed, _alone(folder):
         _settle(folder, name)
         # Every new file is complete on disk before the first takes the place of an old one.
         _write(_staged(folder, names[0]), data)
@@ -73,6 +72,7 @@ def write_folder(
         # From the first of these on the new save is the one that is read: see `_settle`.
         for file_name in names:
             os.replace(_staged(folder, file_name), folder / file_name)
+            renamed.append(file_name)
             _sync(folder)
 
 
@@ -97,6 +97,32 @@ def read_folder(folder: str | Path, name: str) -> tuple[dict[str, torch.Tensor],
             return _read_tensors(tensors_path, record), record
         raise
     return _read_tensors(tensors_path, record), record
+
+
+def holds(folder: str | Path, name: str) -> bool:
+    """Whether there is a save in a folder: of one that was cut off at its very end, the tensors alone have their name.
+
+    Parameters
+    ----------
+    folder, name
+        As in `write_folder`.
+    """
+    return any((Path(folder) / f"{name}.{kind}").exists() for kind in ("json", "safetensors"))
+
+
+def records_in(folder: str | Path, name: str) -> list[dict[str, Any]]:
+    """Return the sound records of a folder: of the save there, and of one that was cut off between its renames.
+
+    Parameters
+    ----------
+    folder, name
+        As in `write_folder`.
+    """
+    found, plain = [], Path(folder) / f"{name}.json"
+    for path in (plain, _staged(plain.parent, plain.name)):
+        with suppress(LoadError):
+            found.append(_read_json(path))
+    return found
 
 
 def beside_path(folder: str | Path, record: Mapping[str, Any], file_name: str) -> Path:
@@ -200,10 +226,35 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def _refusing(folder: Path, names: list[str], n_bytes: int) -> Iterator[None]:
-    """Turn a failure of the disk into an error that says what to do, and take what was half written away."""
+def _alone(folder: Path) -> Iterator[None]:
+    """Make a folder, and wait until nobody else writes to it: two writers would mix what they stage.
+
+    The lock is on the folder itself, and ends with the process. Systems and disks without such locks go without.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     try:
+        import fcntl
+    except ImportError:
         yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _refusing(folder: Path, names: list[str], n_bytes: int) -> Iterator[list[str]]:
+    """Turn a failure of the disk into an error that says what to do, and take what was half written away.
+
+    Yields a list, to be filled with the names of files that are in their place.
+    """
+    renamed: list[str] = []
+    try:
+        yield renamed
     except OSError as error:
         free = "unknown"
         with suppress(OSError):
@@ -213,10 +264,14 @@ def _refusing(folder: Path, names: list[str], n_bytes: int) -> Iterator[None]:
                     _staged(folder, file_name).unlink(missing_ok=True)
         with suppress(OSError):
             free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
+        left = (
+            "All of it is on the disk all the same, under names of its own, and is what is read there from now on"
+            if renamed
+            else "What was saved there before is untouched"
+        )
         raise SaveError(
             f"{folder / names[0]} could not be written: {error.strerror or error} (it needs {n_bytes / 1e6:.1f} MB "
-            f"beside the old one; free there: {free}). What was saved there before is untouched. Make room, or save "
-            "to another folder."
+            f"beside the old one; free there: {free}). {left}. Make room, or save to another folder."
         ) from error
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -326,3 +329,46 @@ def test_files_of_the_first_version_are_read(folder):
     (where / "model.json").write_text(json.dumps(record | {"format_version": 2}))
     with pytest.raises(LoadError, match="has changed"):
         files.read_folder(where, "model")
+
+
+# ------------------------------------------------------------------------------------------------ two writers
+
+
+def _write_often(where, value, n):
+    for _ in range(n):
+        files.write_folder(where, "model", {"x": torch.full((2000,), value)}, {"value": value})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="this system has no locks of files")
+def test_two_writers_of_one_folder_leave_a_whole_save(tmp_path, monkeypatch):
+    """Each of them stops in the middle of its writing, so that without a lock the other one's files come between."""
+    plain = files._write
+
+    def slow(path, content):
+        plain(path, content)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(files, "_write", slow)
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(_write_often, tmp_path, float(value), 8) for value in range(2)]:
+            done.result()
+    tensors, record = files.read_folder(tmp_path, "model")
+    assert (tensors["x"] == record["value"]).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_failure_after_the_first_rename_says_that_the_new_save_is_there(tmp_path, monkeypatch):
+    _write_often(tmp_path, 1.0, 1)
+    plain, n = os.replace, iter(range(10))
+
+    def fails(source, target):
+        if next(n) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        plain(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(SaveError, match="All of it is on the disk all the same") as caught:
+            _write_often(tmp_path, 2.0, 1)
+    assert "untouched" not in str(caught.value)
+    assert files.read_folder(tmp_path, "model")[1]["value"] == 2.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,9 +204,9 @@ class Dataset:
         likes = [item for record in self.schema.fields.values() for item in record["cells"].items()]
         return frozenset(name for name, like in likes if like is not None and like.get("shared"))
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
-        """SHA-256 of all that the model reads of the data, as they were when it was first asked for."""
+        """SHA-256 of all that the model reads of the data, as they are now; read anew each time."""
         return content_hash(self)
 
     @property

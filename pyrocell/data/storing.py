@@ -26,7 +26,7 @@ __all__ = ["DATA_FILES", "data_file_of", "read_data", "write_data"]
 DATA_FILES = ("adata.h5ad", "mdata.h5mu")
 _ALIGNED = ("obsm", "varm", "obsp", "varp")
 # What a compressed array may unpack to: a thousandfold is what gzip can do, more is a trap.
-_MOST_FOLD, _SMALL = 10_000, 2**26
+_MOST_FOLD, _SMALL, _SMALL_IN_ALL = 10_000, 2**26, 2**28
 
 
 def data_file_of(data: AnnData | MuData) -> str:
@@ -136,7 +136,11 @@ def read_data(path: Path) -> AnnData | MuData:
 
     try:
         with h5py.File(path, "r") as file:
-            _refuse_traps(file, set())
+            n_bytes = sum(map(_checked_size, _datasets(file, set())))
+        if n_bytes > max(_SMALL_IN_ALL, _MOST_FOLD * path.stat().st_size):
+            raise ValueError(
+                f"its arrays say that they have {n_bytes:,} bytes together, far more than the file"
+            )
         if path.name.removesuffix(".new").endswith(".h5mu"):
             import mudata
 
@@ -150,8 +154,8 @@ def read_data(path: Path) -> AnnData | MuData:
         ) from error
 
 
-def _refuse_traps(group: h5py.Group, seen: set[int]) -> None:
-    """Raise a ValueError if anything in an HDF5 file points out of it, or unpacks to far more than it holds."""
+def _datasets(group: h5py.Group, seen: set[int]) -> Iterator[h5py.Dataset]:
+    """Yield all arrays of an HDF5 file; raise a ValueError if a link points out of it."""
     import h5py
 
     for name in group:
@@ -164,15 +168,19 @@ def _refuse_traps(group: h5py.Group, seen: set[int]) -> None:
         place = h5py.h5o.get_info(item.id).addr
         if isinstance(item, h5py.Group) and place not in seen:
             seen.add(place)
-            _refuse_traps(item, seen)
+            yield from _datasets(item, seen)
         elif isinstance(item, h5py.Dataset):
-            _refuse_trap(item)
+            yield item
 
 
-def _refuse_trap(item: h5py.Dataset) -> None:
+def _checked_size(item: h5py.Dataset) -> int:
+    """Return the bytes of an array; raise a ValueError if they lie elsewhere, or are far more than are there."""
     if item.is_virtual or item.external:
         raise ValueError(f"the values of {item.name} lie in another file")
-    if item.shape is not None and item.nbytes > max(_SMALL, _MOST_FOLD * item.id.get_storage_size()):
+    if item.shape is None:
+        return 0
+    if item.nbytes > max(_SMALL, _MOST_FOLD * item.id.get_storage_size()):
         raise ValueError(
             f"{item.name} says that it has {item.nbytes:,} bytes, of which {item.id.get_storage_size():,} are there"
         )
+    return int(item.nbytes)

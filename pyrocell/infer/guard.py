@@ -70,11 +70,14 @@ class FiniteGuard:
             The loss that the gradient is of.
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        if self.max_grad_norm is None:
-            total = torch.stack([loss, *_one_number_each(grads)]).sum()
-        else:
-            total = loss + torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        return total.isfinite()
+        if self.max_grad_norm is None or not grads:
+            return torch.stack([loss, *_one_number_each(grads)]).sum().isfinite()
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        finite = (loss + norm).isfinite()
+        # What is not finite is left as it is: scaled by its norm, the gradients of all parameters would be no numbers.
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, torch.where(finite, scale, 1.0))
+        return finite
 
     def culprit(self, terms: ElboTerms) -> str:
         """Name the sites, or else the parameters, that are not finite.
@@ -87,8 +90,9 @@ class FiniteGuard:
         sites = [name for name, term in terms.sites.items() if not term.isfinite()]
         if sites:
             return f"terms of sites {list_some(sites)}"
-        named = self.module.named_parameters()
-        return f"gradients of {list_some(n for n, p in named if p.grad is not None and not p.grad.isfinite().all())}"
+        grads = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        broken = [name for name, grad in grads.items() if not grad.isfinite().all()]
+        return f"gradients of {list_some(broken)}" if broken else "norm of the gradient"
 
 
 def _one_number_each(grads: list[torch.Tensor]) -> Iterable[torch.Tensor]:

@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from pyrocell import settings
+
 __all__ = ["Interruption"]
 
 
@@ -35,17 +37,20 @@ class Interruption:
                     signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.restore()
         if self.asked is not None:  # it came after the last step
+            if isinstance(error, Exception):  # the end of the process would hide it
+                settings.logger.error("training was interrupted, and had failed: %s", error)
             self.deliver()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked is None:
             self.asked = number
             return
-        self.restore()
-        self._pass_on(number, frame)
+        first, self.asked = self.asked, None  # what the second one raises is not to be raised again
+        self._let_through(number, frame)
+        self.asked = first  # the handler of the user has let training go on
 
     def restore(self) -> None:
         """Give the signals back to whoever handled them before."""
@@ -55,10 +60,13 @@ class Interruption:
     def deliver(self) -> None:
         """Let the signal do what it would have done: by default KeyboardInterrupt, or SystemExit with status 143."""
         number, self.asked = self.asked, None
+        if number is not None:
+            self._let_through(number, None)
+
+    def _let_through(self, number: int, frame: FrameType | None) -> None:
         held = [one for one in self._before if signal.getsignal(one) == self._note]
         self.restore()
-        if number is not None:
-            self._pass_on(number, None)
+        self._pass_on(number, frame)
         for one in held:  # the handler of the user has let training go on
             signal.signal(one, self._note)
 

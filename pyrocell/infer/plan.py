@@ -69,7 +69,7 @@ class TrainingPlan:
         without it a step spends most of its time on starting small computations.
     checkpoint
         Folder that holds the newest state, written every ``checkpoint_every`` epochs; `train` goes on from it
-        with ``resume=``.
+        with ``resume=``. One that holds the checkpoint of another training is refused.
     checkpoint_every
         Epochs between checkpoints.
     max_bad_steps

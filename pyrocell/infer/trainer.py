@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyrocell import settings
 from pyrocell.errors import TrainingError
 from pyrocell.infer.capture import StepGraphs, can_be_recorded
-from pyrocell.infer.checkpoint import Progress, write_checkpoint
+from pyrocell.infer.checkpoint import Progress, leave_checkpoint, write_checkpoint
 from pyrocell.infer.elbo import Elbo, Population
 from pyrocell.infer.guard import FiniteGuard, report_skipped, warn_of_skipped
 from pyrocell.infer.interruption import Interruption
@@ -112,7 +111,7 @@ class Trainer:
         """
         bar = ProgressBar(self.max_epochs, self.progress.epoch)
         with self.stream.active(), bar, Interruption() as self.interruption:
-            while self.progress.epoch < self.max_epochs and not self._stopped_early():
+            while not self._is_done():
                 row = self._train_epoch(training)
                 if validation is not None and self._validates():
                     seen, loss = self._validate(validation)
@@ -120,8 +119,12 @@ class Trainer:
                     self._judge(row, loss)
                 self._finish_epoch(row)
                 bar.show(row)
-        if self.early_stopping and self.best_state is not None:
-            self.module.load_state_dict(self.best_state)
+                if not self._is_done():
+                    self._stop_if_asked(None)
+            if (
+                self.early_stopping and self.best_state is not None
+            ):  # before a signal that came after the last step
+                self.module.load_state_dict(self.best_state)
         self.module.eval()
         warn_of_skipped(self.progress)
         return self.history()
@@ -179,17 +182,14 @@ class Trainer:
         self.optimizer.step()
         self.tally.add(terms)
 
-    def _stop_if_asked(self, began: float) -> None:
+    def _stop_if_asked(self, began: float | None) -> None:
         """Leave a checkpoint, if there is a place for one, and let an interruption have its way."""
         if self.interruption.asked is None:
             return
-        where = "nothing was written"
-        if self.plan.checkpoint is not None:
+        if began is not None:  # within an epoch
             self.progress.tally = self.tally.to_json()
             self.progress.seconds = time.perf_counter() - began
-            write_checkpoint(self, self.plan.checkpoint)
-            where = f"go on with resume={str(self.plan.checkpoint)!r}"
-        settings.logger.warning("epoch %d: training was interrupted; %s", self.progress.epoch, where)
+        leave_checkpoint(self)
         self.interruption.deliver()
 
     def _validates(self) -> bool:
@@ -229,8 +229,9 @@ class Trainer:
         else:
             self.progress.stale += 1
 
-    def _stopped_early(self) -> bool:
-        return self.early_stopping and self.progress.stale >= self.plan.patience
+    def _is_done(self) -> bool:
+        stopped_early = self.early_stopping and self.progress.stale >= self.plan.patience
+        return stopped_early or self.progress.epoch >= self.max_epochs
 
     def _finish_epoch(self, row: dict[str, float]) -> None:
         self.progress.rows.append(row)
@@ -240,9 +241,8 @@ class Trainer:
         if all(bool(t.sum().isfinite()) for t in state.values()):  # a sum tells of all, in one pass
             for name, t in state.items():  # into the memory of the last one: parameters may be large
                 self.last_finite[name].copy_(t)
-        if self.plan.checkpoint is not None and (
-            self.progress.epoch % self.plan.checkpoint_every == 0 or self.progress.epoch == self.max_epochs
-        ):
+        is_due = self.progress.epoch % self.plan.checkpoint_every == 0 or self._is_done()
+        if self.plan.checkpoint is not None and is_due:
             write_checkpoint(self, self.plan.checkpoint)
 
     def snapshot(self) -> dict[str, torch.Tensor]:

@@ -77,6 +77,11 @@ class CellModel(
             Whether a model already there may be replaced.
         save_anndata
             Whether to write the data too.
+
+        Raises
+        ------
+        FileExistsError
+            If a model is there already, unless ``overwrite``; if a data file is there that was not saved with it.
         """
         saving.save(self, folder, overwrite=overwrite, save_anndata=save_anndata)
 

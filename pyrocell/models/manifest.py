@@ -20,7 +20,7 @@ from pyrocell.models.packing import pack
 if TYPE_CHECKING:
     from pyrocell.infer.trainer import Trainer
 
-__all__ = ["Manifested", "training_record", "versions"]
+__all__ = ["Manifested", "bound_to", "training_record", "versions"]
 
 _PACKAGES = ("pyrocell", "torch", "pyro-ppl", "anndata", "numpy", "scipy", "pandas")
 
@@ -59,7 +59,8 @@ class Manifested(ModelCore):
             arguments; arrays and tables by shape and SHA-256), ``setup`` (all arguments of ``setup_anndata``), ``data``
             (``n_cells``, and ``sha256`` of everything read of the data last trained on: None before training),
             ``mapping`` (of a query), and ``trainings``: for each its options, the cells and the device used, the epochs
-            done, whether it came to its end, its versions, and the SHA-256 of the data.
+            and steps done (steps alone, if interrupted in its first epoch), whether it came to its end, its versions,
+            and the SHA-256 of the data at its beginning.
         """
         last = self.trainings[-1]["data"] if self.trainings else None
         manifest = {
@@ -75,10 +76,25 @@ class Manifested(ModelCore):
         copied: dict[str, Any] = json.loads(json.dumps(manifest))
         return copied
 
-    def note_training(self, record: dict[str, Any]) -> None:
-        """Add a record; one of epochs that were done anew takes the place of theirs."""
-        before = [old for old in self.trainings if old["first_epoch"] < record["first_epoch"]]
+    def note_training(self, record: dict[str, Any], *, resumed: bool) -> None:
+        """Add a record; that of a training which went on from a checkpoint takes the place of those of its epochs."""
+        before = [old for old in self.trainings if not resumed or old["first_epoch"] < record["first_epoch"]]
         self.trainings = (*before, record)
+
+
+def bound_to(model: Manifested, content: str | None) -> dict[str, Any]:
+    """Return what a checkpoint must agree in with the model that goes on from it, beside options of training.
+
+    Parameters
+    ----------
+    model
+        That is trained.
+    content
+        SHA-256 of the data; None where it is not wanted.
+    """
+    constructor = {f"constructor.{name}": _described(value) for name, value in model.constructor.items()}
+    bound = {"model": type(model).__name__, "data": content, **constructor}
+    return {name: value for name, value in bound.items() if name != "data" or value is not None}
 
 
 def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,12 +110,14 @@ def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, An
         What the trainer does not know.
     """
     plan, rows = trainer.plan, trainer.progress.rows
-    options = {**trainer.options, "max_epochs": trainer.max_epochs, "optimizer": _name_of(plan.optimizer)}
+    options = {name: value for name, value in trainer.options.items() if not _is_of_model(name)}
+    options |= {"max_epochs": trainer.max_epochs, "optimizer": _name_of(plan.optimizer)}
     options |= {name: getattr(plan, name) for name in ("checkpoint_every", "record_step", "max_bad_steps")}
     return {
         "options": options,
         "first_epoch": trainer.progress.epochs_before,
         "n_epochs": len(rows),
+        "n_steps": trainer.progress.step,
         "n_skipped_steps": int(sum(row["skipped_steps"] for row in rows)),
         "finished": finished,
         "device": str(trainer.device),
@@ -107,6 +125,11 @@ def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, An
         "versions": versions(),
         **beside,
     }
+
+
+def _is_of_model(option: str) -> bool:
+    """Whether the manifest tells of it elsewhere: see `bound_to`."""
+    return option in ("model", "data") or option.startswith("constructor.")
 
 
 def _name_of(optimizer: Any) -> str:

@@ -187,10 +187,17 @@ def _unpack_kind(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) ->
     if kind == "frame":
         columns, index = unpack(packed["columns"], tensors), unpack(packed["index"], tensors)
         if "block" in packed:
-            return pd.DataFrame(unpack(packed["block"], tensors), index=index, columns=columns)
-        frame = pd.DataFrame(
-            {i: unpack(column, tensors) for i, column in enumerate(packed["values"])}, index=index
-        )
+            block = unpack(packed["block"], tensors)
+            # One number would be repeated for as many labels as the file names.
+            if np.shape(block) != (len(index), len(columns)):
+                raise ValueError(
+                    f"a block of {np.shape(block)} for {len(index)} rows, {len(columns)} columns"
+                )
+            return pd.DataFrame(block, index=index, columns=columns)
+        found = {i: unpack(column, tensors) for i, column in enumerate(packed["values"])}
+        if any(np.shape(column) != (len(index),) for column in found.values()):
+            raise ValueError(f"columns of other lengths than the {len(index)} rows")
+        frame = pd.DataFrame(found, index=index)
         frame.columns = columns
         return frame
     raise ValueError(f"unknown kind {kind!r}")

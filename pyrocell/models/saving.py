@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from pyrocell.data.storing import data_file_of, read_data, write_data
 from pyrocell.errors import LoadError
 from pyrocell.infer.freezing import freeze
 from pyrocell.infer.landmarks import Landmarks
+from pyrocell.infer.sound import with_prefix
 from pyrocell.models.manifest import versions
 from pyrocell.models.novelty import find_landmarks
 from pyrocell.models.packing import pack, unpack
-from pyrocell.models.soundness import check_record, check_tensors, no_more_than, with_prefix
+from pyrocell.models.soundness import check_record, check_tensors, no_more_than
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,13 +37,9 @@ __all__ = ["load", "read", "save"]
 def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata: bool) -> None:
     """Write a model; see `CellModel.save`."""
     folder = Path(folder)
-    # Of a first save that was cut off at the very end, the tensors alone have their name already.
-    if any((folder / f"model.{kind}").exists() for kind in ("json", "safetensors")) and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds a saved model already; choose another folder or give overwrite=True."
-        )
     data = model.require_data(None).adata if save_anndata else None
     data_file = "" if data is None else data_file_of(data)  # that of a model before is not this one's
+    _refuse_to_replace(folder, data_file, overwrite=overwrite)
     arrays: dict[str, torch.Tensor] = {}
     record = {
         "kind": "model",
@@ -68,6 +66,20 @@ def save(model: CellModel, folder: str | Path, *, overwrite: bool, save_anndata:
     tensors["validation_indices"] = torch.from_numpy(model.validation_indices)
     beside = {} if data is None else {data_file: partial(write_data, data)}
     files.write_folder(folder, "model", tensors, record, beside=beside)
+
+
+def _refuse_to_replace(folder: Path, data_file: str, *, overwrite: bool) -> None:
+    """Replace a saved model only if asked to, and data only if they are those of a saved model."""
+    if files.holds(folder, "model") and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds a saved model already; choose another folder or give overwrite=True."
+        )
+    own = [record.get("data_file") for record in files.records_in(folder, "model")]
+    if data_file and os.path.lexists(folder / data_file) and data_file not in own:
+        raise FileExistsError(
+            f"{folder / data_file} was not written with the model there, and save_anndata=True would replace it, with "
+            "overwrite=True too. Choose another folder, or move that file."
+        )
 
 
 def load(

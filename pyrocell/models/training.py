@@ -15,13 +15,13 @@ from pyrocell import settings
 from pyrocell.data import Dataset
 from pyrocell.data.resident import resident_on
 from pyrocell.errors import TrainingError, list_some
-from pyrocell.infer.checkpoint import read_checkpoint
+from pyrocell.infer.checkpoint import read_checkpoint, refuse_to_replace
 from pyrocell.infer.elbo import Population
 from pyrocell.infer.freezing import frozen_besides
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
 from pyrocell.infer.trainer import Trainer
-from pyrocell.models.manifest import Manifested, training_record
+from pyrocell.models.manifest import Manifested, bound_to, training_record
 
 __all__ = ["Training"]
 
@@ -81,8 +81,8 @@ class Training(Manifested):
         Raises
         ------
         TrainingError
-            If the options are impossible, or after repeated non-finite steps: the model then holds its best finite
-            state.
+            If the options are impossible, if the folder for checkpoints holds that of another training, or after
+            repeated non-finite steps: the model then holds its best finite state.
         SaveError
             If a checkpoint cannot be written, such as to a full disk; the one before stays, and the model holds what it
             has learned.
@@ -90,6 +90,7 @@ class Training(Manifested):
         plan = self.default_plan if plan is None else plan
         if self.full_batch or self.has_local_parameters:
             self._refuse_parts(plan, batch_size, train_size, validation_size, early_stopping=early_stopping)
+        refuse_to_replace(plan.checkpoint, resume)
         lr = self.default_lr if lr is None else lr
         dataset = self.require_data(None)
         training, validation = self._split(plan, train_size, validation_size)
@@ -102,7 +103,6 @@ class Training(Manifested):
         default_warmup = default_kl_warmup(max_epochs, self.kl_warmup_cap)
         warmup = default_warmup if n_epochs_kl_warmup is None else n_epochs_kl_warmup
         where = _device(device)
-        self.train_indices, self.validation_indices = training, validation  # a refused call changes nothing
         self.module.to(where)
         minibatches = _minibatches_of(dataset, batch_size, where, n_total=n_train, keep=self.full_batch)
         with self.running():
@@ -117,13 +117,8 @@ class Training(Manifested):
                 n_epochs_kl_warmup=warmup,
                 early_stopping=early_stopping,
             )
-            known = {"batch_size": batch_size, "seed": self.stream.seed}
-            trainer.options |= known | {"cells": self._split_fingerprint()}
-            trainer.progress.epochs_before = len(self.history)
-            if resume is not None:
-                read_checkpoint(trainer, resume)
-                self.history = self.history.iloc[: trainer.progress.epochs_before]
             content = dataset.content_hash if plan.hash_data else None
+            self._bind(trainer, resume, batch_size=batch_size, split=(training, validation), content=content)
             cells = {"n_train": n_train, "n_validation": len(validation), "data": content}
             finished = False
             try:
@@ -133,8 +128,29 @@ class Training(Manifested):
             finally:
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
-                if trainer.progress.rows:
-                    self.note_training(training_record(trainer, finished=finished, beside=cells))
+                if (
+                    trainer.progress.step
+                ):  # also of an epoch that did not come to its end: the parameters moved
+                    record = training_record(trainer, finished=finished, beside=cells)
+                    self.note_training(record, resumed=resume is not None)
+
+    def _bind(
+        self,
+        trainer: Trainer,
+        resume: str | Path | None,
+        *,
+        batch_size: int,
+        split: tuple[np.ndarray, np.ndarray],
+        content: str | None,
+    ) -> None:
+        """Say what a checkpoint must agree in, and go on from one if asked; a refused one changes nothing."""
+        known = {"batch_size": batch_size, "seed": self.stream.seed, "cells": _fingerprint_of(*split)}
+        trainer.options |= known | bound_to(self, content)
+        trainer.progress.epochs_before = len(self.history)
+        if resume is not None:
+            read_checkpoint(trainer, resume)
+            self.history = self.history.iloc[: trainer.progress.epochs_before]
+        self.train_indices, self.validation_indices = split
 
     def _default_epochs(self, n_train: int) -> int:
         """Return the length of training: as many steps for each parameter, however many cells there are."""
@@ -209,11 +225,6 @@ class Training(Manifested):
             )
         return training, validation
 
-    def _split_fingerprint(self) -> str:
-        """Say in few letters which cells are trained and validated on."""
-        content = self.train_indices.tobytes() + b"|" + self.validation_indices.tobytes()
-        return hashlib.blake2b(content, digest_size=8).hexdigest()
-
     def _after_training(self, history: pd.DataFrame) -> None:
         if len(history):
             history.index += len(self.history)
@@ -221,6 +232,12 @@ class Training(Manifested):
             self.is_trained = True
             if self.trainable is None:  # the latents move
                 self.landmarks = None
+
+
+def _fingerprint_of(training: np.ndarray, validation: np.ndarray) -> str:
+    """Say in few letters which cells are trained and validated on."""
+    content = training.tobytes() + b"|" + validation.tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _minibatches_of(

@@ -55,20 +55,42 @@ def check_reload(case: ModelCase) -> None:
 
 
 def check_interleaved(case: ModelCase) -> None:
-    """Train one model in the middle of each step of another: both equal each alone."""
+    """Train two models interleaved: both equal each alone, to the last bit.
+
+    First in turn, one step of one and one of the other. Then all of one within a step of the other, between its
+    gradient and its update, where whatever they share would show.
+    """
     alone = [case.make(seed=seed) for seed in (1, 2)]
     for model in alone:
-        _train_steps(case, model, lambda: None)
+        for _ in range(_N_STEPS):
+            _train_steps(case, model, 1)
+    in_turn = [case.make(seed=seed) for seed in (1, 2)]
+    for _ in range(_N_STEPS):
+        for model in in_turn:
+            _train_steps(case, model, 1)
+    for model, other in zip(alone, in_turn, strict=True):
+        _assert_equal(model, other)
+    alone = [case.make(seed=seed) for seed in (1, 2)]
+    for model in alone:
+        _train_steps(case, model, _N_STEPS)
     one, two = (case.make(seed=seed) for seed in (1, 2))
-    _train_steps(case, one, _steps_of(case, two))
-    assert_same(state_of(alone[0]), state_of(one))
-    assert_same(state_of(alone[1]), state_of(two))
+    left = [lambda: _train_steps(case, two, _N_STEPS)]
+    _train_steps(case, one, _N_STEPS, lambda: left.pop()() if left else None)
+    _assert_equal(alone[0], one)
+    _assert_equal(alone[1], two)
+
+
+def _assert_equal(one: CellModel, two: CellModel) -> None:
+    assert_same(state_of(one), state_of(two))
+    assert torch.equal(one.stream.state, two.stream.state), "the random numbers to come differ"
 
 
 _N_STEPS = 3
 
 
-def _train_steps(case: ModelCase, model: CellModel, between: Callable[[], None]) -> None:
+def _train_steps(
+    case: ModelCase, model: CellModel, n_steps: int, between: Callable[[], None] = lambda: None
+) -> None:
     """Take some steps of all cells each, and do something in the middle of each."""
 
     class Adam(torch.optim.Adam):
@@ -78,13 +100,7 @@ def _train_steps(case: ModelCase, model: CellModel, between: Callable[[], None])
 
     plan = TrainingPlan(optimizer=lambda groups: Adam(groups, lr=1e-3))
     n_cells = model.require_data(None).n_cells
-    case.train(model, max_epochs=_N_STEPS, batch_size=n_cells, n_epochs_kl_warmup=2, plan=plan)
-
-
-def _steps_of(case: ModelCase, model: CellModel) -> Callable[[], None]:
-    """Return a function that lets another model take its steps, the first time, each time a part of them."""
-    left = [lambda: _train_steps(case, model, lambda: None)]
-    return lambda: left.pop()() if left else None
+    case.train(model, max_epochs=n_steps, batch_size=n_cells, n_epochs_kl_warmup=2, plan=plan)
 
 
 def check_life(case: ModelCase) -> None:

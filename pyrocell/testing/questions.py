@@ -63,7 +63,11 @@ def questions(
 
 
 def is_answer(answer: Any) -> bool:
-    """Whether there is something, and its numbers are finite."""
+    """Whether there is something, and its numbers are finite.
+
+    Tables may lack some, such as a test of a gene without counts: no infinities, something in each column, and more
+    than is missing.
+    """
     if isinstance(answer, tuple | list | dict):
         parts = answer.values() if isinstance(answer, dict) else answer
         return all(map(is_answer, parts))
@@ -73,7 +77,10 @@ def is_answer(answer: Any) -> bool:
         return is_answer(answer.table)
     if isinstance(answer, pd.DataFrame):
         numbers = np.asarray(answer.select_dtypes("number"), dtype=float)
-        return not answer.empty and (numbers.size == 0 or bool(np.isfinite(numbers).any()))
+        if answer.empty or numbers.size == 0:
+            return not answer.empty
+        finite = np.isfinite(numbers)
+        return bool(finite.any(axis=0).all() and finite.mean() > 0.5 and not np.isinf(numbers).any())
     if isinstance(answer, pd.Series):
         return not answer.empty and not answer.isna().any()
     values = np.asarray(answer)

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,28 @@ def check_bad_step(case: ModelCase) -> None:
     )
     broken = [key for key, value in state_of(model).items() if not np.isfinite(value).all()]
     assert not broken, f"the step has left something in {broken}"
+    _check_no_trace(case)
+
+
+def _check_no_trace(case: ModelCase) -> None:
+    """Let the only step of a training be a bad one: parameters, running statistics and optimizer are as before."""
+    model, optimizers = case.make(), []
+
+    def make_optimizer(groups: Any) -> torch.optim.Optimizer:
+        optimizers.append(torch.optim.Adam(groups, lr=0.1))
+        return optimizers[-1]
+
+    _watch(model, lambda n, gradient: gradient * float("nan"))
+    before = state_of(model)
+    plan = replace(case.model_class.default_plan, optimizer=make_optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the step, which is seen above
+        n_cells = model.require_data(None).n_cells
+        history = case.train(model, max_epochs=1, batch_size=n_cells, plan=plan).history
+    assert history["skipped_steps"].tolist() == [1], "there was another step"
+    found = difference(before, state_of(model), "the state")
+    assert found is None, f"a step that was skipped has left something: {found}"
+    assert not optimizers[-1].state, "a step that was skipped is in the averages of the optimizer"
 
 
 def check_resume(case: ModelCase) -> None:

@@ -174,16 +174,20 @@ def has_columns(name: str) -> bool:
 
 _CELL, _GENE = ("cell_3", "'3'", "cell3", "cell_0", "'0'", "cell0"), ("gene_2", "gene2", "'2'")
 _MISSING = ("cell_5", "'5'", "cell5", "cell_0", "'0'", "cell0")
+# What few cells have in common; words that only such a refusal has.
+_ALIKE = ("has 1 category", "has the same value in all cells", "no spliced RNA that varies")
 # In the order in which they are applied: what is there, good values, bad values, names; so that none hides another.
 ODDITIES = {
     "one feature": Oddity(
-        lambda adata, name: adata[:, :1].copy(), ("feature", "gene", "marker"), may_refuse=always
+        lambda adata, name: adata[:, :1].copy(),
+        ("have no counts over the 1 features", "features that the model is to read are not in"),
+        may_refuse=always,
     ),
-    "six cells": Oddity(few_cells(6), ("cells", "label"), may_refuse=always),
-    "one cell": Oddity(few_cells(1), ("cell",), may_refuse=always),
-    "one protein": Oddity(one_protein, ("protein",)),
+    "six cells": Oddity(few_cells(6), _ALIKE, may_refuse=always),
+    "one cell": Oddity(few_cells(1), _ALIKE, may_refuse=always),
+    "one protein": Oddity(one_protein),
     "every gene constant": Oddity(
-        put(2.0, slice(None), slice(None)), ("gene", "feature"), may_refuse=lambda name: name == "VELOVI"
+        put(2.0, slice(None), slice(None)), _ALIKE[-1:], may_refuse=lambda name: name == "VELOVI"
     ),
     "a gene without counts": Oddity(put(0.0, slice(None), 2), _GENE, may_refuse=always),
     "a constant gene": Oddity(put(3.0, slice(None), 2), _GENE, may_refuse=lambda name: name == "VELOVI"),

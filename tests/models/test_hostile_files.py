@@ -306,7 +306,11 @@ HOSTILE_RECORDS = {
     "data of another kind": (put("data_file", "model.json"), "data_file"),
     "a hidden layer of 10^9": (put("constructor", "n_hidden", 10**9), "far larger than the file"),
     "a hidden layer of 10^8": (put("constructor", "n_hidden", 10**8), "far larger than the file"),
-    "a hidden layer of 10^6": (put("constructor", "n_hidden", 10**6), "size mismatch"),
+    "a hidden layer of 10^6": (put("constructor", "n_hidden", 10**6), "size mismatch|far larger than the file"),
+    "thirty hidden layers of 3000": (
+        lambda record: record["constructor"].update(n_hidden=3000, n_layers=30),
+        "far larger than the file",
+    ),
     "10^30 latents": (put("constructor", "n_latent", 10**30), "constructor"),
     "a seed of 10^30": (put("seed", 10**30), "seed|constructor|stream"),
     "an array of 10^12": (
@@ -427,6 +431,13 @@ def compressed_giant(folder):
         giant[:10] = 1
 
 
+def many_giants(folder):
+    """Each is small enough; all of them would take 2.4 GB."""
+    with h5py.File(folder / "adata.h5ad", "r+") as file:
+        for n in range(40):
+            file["uns"].create_dataset(f"giant {n}", (7_500_000,), "f8", chunks=(1000,))
+
+
 def round_in_circles(folder):
     with h5py.File(folder / "adata.h5ad", "r+") as file:
         file["uns"]["again"] = file["uns"]
@@ -440,6 +451,7 @@ def round_in_circles(folder):
         (virtual_values, "the values of /uns/stolen lie in another file"),
         (empty_giant, "giant says that it has 8,000,000,000,000 bytes, of which 0 are there"),
         (compressed_giant, "giant says that it has 80,000,000,000 bytes, of which"),
+        (many_giants, r"its arrays say that they have 2,4\d\d,\d{3},\d{3} bytes together"),
         (round_in_circles, ""),
     ],
 )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pandas as pd
 import pyro
 import pytest
 import torch
 
 from pyrocell.data import synthetic_iid
+from pyrocell.infer.trainer import Trainer
 from pyrocell.testing import ModelCase, run_check
-from pyrocell.testing.questions import difference
+from pyrocell.testing.questions import difference, is_answer
 from tests.models.zoo import BatchVAE
 
 LIFE = "a whole life leaves nothing behind"
@@ -180,6 +182,43 @@ def test_training_that_depends_on_more_than_is_saved_is_noticed():
         plain(self, cells)
 
     broken("an interrupted training resumes to the bit", {"model": model}, "differs")
+
+
+def test_a_bad_step_that_leaves_running_statistics_is_noticed(monkeypatch):
+    monkeypatch.setattr("pyrocell.infer.guard.FiniteGuard.undo", lambda self: None)
+    broken("a step that is not finite leaves no trace", {}, "has left something")
+
+
+def test_a_bad_step_that_the_optimizer_remembers_is_noticed(monkeypatch):
+    """Its gradient is set to zero and the step taken: parameters stay, averages do not."""
+    plain = Trainer._step
+
+    def step(self, cells, weight):
+        before = self.snapshot()
+        plain(self, cells, weight)
+        if self.progress.bad_in_a_row:
+            for parameter in self.guard.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+            self.module.load_state_dict(before)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    broken("a step that is not finite leaves no trace", {}, "averages of the optimizer")
+
+
+@pytest.mark.parametrize(
+    ("table", "answers"),
+    [
+        ({"a": [1.0, 2.0], "b": [1.0, np.nan]}, True),
+        ({"a": [1.0, np.nan], "b": [np.nan, np.nan]}, False),
+        ({"a": [1.0, 2.0], "b": [np.nan, np.nan]}, False),
+        ({"a": [1.0, np.inf]}, False),
+        ({"a": ["x", "y"]}, True),
+        ({"a": []}, False),
+    ],
+)
+def test_a_table_of_hardly_any_numbers_is_no_answer(table, answers):
+    assert is_answer(pd.DataFrame(table)) == answers
 
 
 def test_a_bad_step_that_is_taken_is_noticed(monkeypatch):

@@ -14,6 +14,7 @@ from scipy import sparse
 import pyrocell
 from pyrocell import SCVI, TrainingPlan
 from pyrocell.data import synthetic_iid
+from pyrocell.infer.trainer import Trainer
 from tests.models.test_contract import CASES
 from tests.models.test_packing import Markers
 
@@ -89,6 +90,39 @@ def test_a_resumed_training_is_one_training(tmp_path):
     model.train(4, n_epochs_kl_warmup=1, resume=tmp_path)
     first, second = model.manifest()["trainings"]
     assert (first["n_epochs"], second["first_epoch"], second["n_epochs"]) == (1, 1, 4)
+
+
+def test_the_hash_is_of_the_data_of_each_training():
+    model = make()
+    model.train(1)
+    adata = model.dataset.adata
+    adata.X[80, int(adata.X[80].indices[0])] += 1  # not among the cells by which a model notices other data
+    model.train(1)
+    one, two = (record["data"] for record in model.manifest()["trainings"])
+    assert one == hash_of(data()) and two == hash_of(adata) != one
+    assert model.manifest()["data"]["sha256"] == two
+
+
+def test_a_training_that_ended_in_its_first_epoch_is_told_and_stays(monkeypatch, tmp_path):
+    model = make()
+    with monkeypatch.context() as patch:
+        steps, plain = iter(range(100)), Trainer._step
+
+        def interrupted(self, cells, weight):
+            if next(steps) == 2:
+                raise KeyboardInterrupt
+            plain(self, cells, weight)
+
+        patch.setattr(Trainer, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.train(5, batch_size=16, lr=0.1)
+    model.train(2, batch_size=16)
+    first, second = model.manifest()["trainings"]
+    assert (first["n_steps"], first["n_epochs"], first["finished"]) == (2, 0, False)
+    assert first["options"]["lr"] == 0.1
+    assert (second["n_steps"], second["n_epochs"], second["finished"]) == (12, 2, True)
+    model.save(tmp_path)
+    assert SCVI.load(tmp_path).manifest() == model.manifest()
 
 
 def test_what_did_not_finish_says_so():

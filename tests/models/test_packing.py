@@ -175,3 +175,16 @@ def test_a_model_with_a_table_is_saved_and_loaded(tmp_path):
     again.save(tmp_path, overwrite=True)  # what was read can be written
     pd.testing.assert_frame_equal(Markers.load(tmp_path).markers, markers)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize(
+    "part", [{"block": 5}, {"block": [5, 6, 7]}, {"values": [5, 6, 7]}, {"values": [[1], [2], [3]]}]
+)
+def test_a_table_whose_values_are_fewer_than_its_labels_is_refused(part):
+    """pandas would repeat one number for as many labels as a file names: a few bytes for gigabytes."""
+    frame = pd.DataFrame(np.ones((2, 3)), index=["a", "b"], columns=["x", "y", "z"])
+    tensors = {}
+    packed = pack(frame, tensors)
+    del packed["block"]
+    with pytest.raises(LoadError, match="damaged"):
+        unpack(packed | part, tensors)

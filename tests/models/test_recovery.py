@@ -19,6 +19,7 @@ import pyrocell
 from pyrocell import SCVI, TrainingPlan
 from pyrocell.data import synthetic_iid
 from pyrocell.errors import LoadError, PyrocellWarning, SaveError, TrainingError
+from pyrocell.infer.guard import FiniteGuard
 from pyrocell.infer.interruption import Interruption
 from pyrocell.infer.trainer import Trainer
 from tests.models import killing
@@ -107,12 +108,74 @@ def test_twice_interrupted_within_one_epoch(tmp_path, monkeypatch, undisturbed):
     assert bits(resumed) == undisturbed
 
 
+def test_the_checkpoint_of_another_training_is_not_written_over(tmp_path, monkeypatch):
+    """The same script again, without resume: the first interruption would leave nothing of the training before."""
+    killing.train(make(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for resume in (None, tmp_path / "elsewhere"):
+        model = make()
+        with monkeypatch.context() as patch:
+            signal_at(patch, 1, signal.SIGTERM)
+            with pytest.raises(TrainingError, match=r"another training.*resume=.*another folder"):
+                killing.train(model, tmp_path, resume=resume)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert not len(model.history) and not len(model.train_indices)
+    killing.train(make(), tmp_path, resume=tmp_path / ".." / tmp_path.name)  # the same folder, said otherwise
+
+
 def test_without_a_place_for_checkpoints_the_model_is_usable_all_the_same(monkeypatch, tmp_path):
     model = make()
     signal_at(monkeypatch, 6, signal.SIGTERM)
     with pytest.raises(SystemExit):
         model.train(9, batch_size=32)
     assert model.is_trained and np.isfinite(model.get_elbo()) and not list(tmp_path.iterdir())
+
+
+STALE = {"lr": 0.3, "batch_size": 32, "n_epochs_kl_warmup": 0, "early_stopping": True, "train_size": 0.8}
+
+
+def signal_after_epoch(monkeypatch, is_last):
+    """Send this process SIGTERM in the validation of an epoch: the first, or the one that ends the training."""
+    plain = Trainer._judge
+
+    def spied(self, row, value):
+        plain(self, row, value)
+        if (self.progress.stale >= self.plan.patience) if is_last else self.progress.epoch == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_judge", spied)
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_a_signal_at_the_early_stop_keeps_the_best_weights(tmp_path, monkeypatch, with_checkpoint):
+    plan = TrainingPlan(patience=2, checkpoint=tmp_path if with_checkpoint else None, checkpoint_every=1000)
+    whole, cut = make(), make()
+    whole.train(60, plan=TrainingPlan(patience=2), **STALE)
+    assert int(whole.history["elbo_validation"].idxmin()) < len(whole.history) - 1 < 59, "nothing is tried"
+    with monkeypatch.context() as patch:
+        signal_after_epoch(patch, is_last=True)
+        with pytest.raises(SystemExit):
+            cut.train(60, plan=plan, **STALE)
+    assert bits(cut) == bits(whole)
+    if with_checkpoint:
+        again = make()
+        again.train(60, plan=TrainingPlan(patience=2), resume=tmp_path, **STALE)
+        assert bits(again) == bits(whole)
+
+
+def test_a_signal_after_the_last_step_of_an_epoch_leaves_a_checkpoint(tmp_path, monkeypatch, undisturbed):
+    plan = TrainingPlan(
+        patience=50, lr_plateau=True, lr_patience=1, checkpoint=tmp_path, checkpoint_every=1000
+    )
+    model, resumed = make(), make()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_judge", lambda self, row, value: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            model.train(killing.N_EPOCHS, plan=plan, **killing.RUN)
+    assert len(model.history) == 1, "another epoch was begun"
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["progress"]["epoch"] == 1
+    killing.train(resumed, tmp_path, resume=tmp_path)
+    assert bits(resumed) == undisturbed
 
 
 def test_handlers_of_the_user_are_called_and_given_back(monkeypatch):
@@ -136,6 +199,30 @@ def test_a_second_signal_goes_through_at_once(tmp_path, monkeypatch):
         killing.train(make(), tmp_path)
     # The checkpoint of the last complete epoch is what there is.
     assert json.loads((tmp_path / "checkpoint.json").read_text())["progress"]["within"] == 0
+
+
+def test_a_handler_that_lets_training_go_on_hears_of_each_signal_and_later_ones_wait(monkeypatch):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with Interruption() as held:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            assert len(seen) == 1 and held.asked == signal.SIGTERM  # the second went through, the first waits
+            held.deliver()
+            assert len(seen) == 2 and held.asked is None
+            signal.raise_signal(signal.SIGTERM)
+            assert len(seen) == 2, "a later signal was not held back"
+        assert len(seen) == 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_a_second_signal_raises_is_raised_once():
+    with pytest.raises(KeyboardInterrupt) as caught, Interruption() as held:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+    assert held.asked is None and caught.value.__context__ is None
 
 
 def test_ignored_signals_and_other_threads_are_left_alone():
@@ -176,6 +263,90 @@ def test_a_damaged_place_within_the_epoch_is_refused(tmp_path):
         path.write_text(json.dumps(pyrocell.files.sealed(record)))
         with pytest.raises(LoadError, match="damaged"):
             make().train(2, batch_size=32, n_epochs_kl_warmup=1, resume=tmp_path)
+
+
+def test_a_checkpoint_is_strict_json(tmp_path):
+    """Before warm-up is over there is no best epoch yet; an epoch of skipped steps alone has no means."""
+    model = make()
+    spoil(model, {0})
+    with pytest.warns(PyrocellWarning, match="skipped"):
+        model.train(
+            1, batch_size=200, train_size=1.0, plan=TrainingPlan(checkpoint=tmp_path), n_epochs_kl_warmup=2
+        )
+
+    def never(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    record = json.loads((tmp_path / "checkpoint.json").read_text(), parse_constant=never)
+    assert record["progress"]["best"] is None and record["plateau"]["best"] is None
+    assert record["progress"]["rows"][0]["elbo_train"] is None
+    again = make()
+    with pytest.warns(PyrocellWarning, match="skipped"):
+        again.train(3, batch_size=200, train_size=1.0, resume=tmp_path, n_epochs_kl_warmup=2)
+    assert again.history["elbo_train"].isna().tolist() == [True, False, False]
+
+
+def damage(folder, change):
+    """Change the record of a checkpoint, and seal it again."""
+    path = folder / "checkpoint.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(pyrocell.files.sealed(record)))
+
+
+def put(part, name, value):
+    return lambda record: record[part].__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            put("progress", name, "x")
+            for name in ("epochs_before", "epoch", "step", "best", "stale", "seconds")
+        ),
+        *(
+            put("progress", name, 1.5)
+            for name in ("epoch", "best_epoch", "bad_in_a_row", "culprits", "tally")
+        ),
+        *(put("progress", name, True) for name in ("epoch", "best")),
+        put("progress", "epoch", -1),
+        put("progress", "culprits", [3]),
+        put("progress", "rows", [3]),
+        put("progress", "rows", [{"epoch": 0}]),
+        put("progress", "rows", [{"epoch": 0, "skipped_steps": "x"}]),
+        put("plateau", "best", "x"),
+        put("plateau", "num_bad_epochs", {}),
+        put("optimizer", "lr", ["x"]),
+        put("shuffle", "state", {"state": 2**200, "inc": 1}),
+    ],
+)
+def test_a_refused_resume_leaves_the_model_as_it_is(tmp_path, change):
+    killing.train(make(), tmp_path)
+    damage(tmp_path, change)
+    model = make()
+    before = bits_of(model)
+    with pytest.raises(LoadError, match="damaged"):
+        killing.train(model, tmp_path, resume=tmp_path)
+    assert bits_of(model) == before
+
+
+def bits_of(model):
+    state = {name: value.numpy().tobytes() for name, value in model.module.state_dict().items()}
+    return state, model.stream.state.numpy().tobytes(), len(model.history), len(model.train_indices)
+
+
+@pytest.mark.parametrize("part", ["module.", "best.", "optimizer.0.exp_avg", "stream"])
+def test_tensors_of_a_checkpoint_that_do_not_fit_change_nothing(tmp_path, part):
+    killing.train(make(), tmp_path)
+    tensors, record = pyrocell.files.read_folder(tmp_path, "checkpoint")
+    name = next(name for name in sorted(tensors) if name.startswith(part))
+    pyrocell.files.write_folder(tmp_path, "checkpoint", tensors | {name: torch.zeros(7, 3)}, record)
+    model = make()
+    before = bits_of(model)
+    with pytest.raises(LoadError, match=r"does not fit|do not fit|no state of random numbers"):
+        killing.train(model, tmp_path, resume=tmp_path)
+    assert bits_of(model) == before
 
 
 # ------------------------------------------------------------------------------------------------ killed
@@ -259,6 +430,28 @@ def test_a_disk_that_fills_up_in_training(tmp_path, monkeypatch, undisturbed, af
     assert bits(resumed) == undisturbed
 
 
+def test_a_signal_on_a_full_disk_says_that_there_is_no_checkpoint(tmp_path, monkeypatch, caplog):
+    model = make()
+    killing.train(make(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    plan = TrainingPlan(patience=50, lr_plateau=True, lr_patience=1, checkpoint=tmp_path, checkpoint_every=1)
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, logger="pyrocell"):
+        full(patch)
+        signal_at(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            model.train(killing.N_EPOCHS + 2, plan=plan, resume=tmp_path, **killing.RUN)
+    [told] = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert "NO checkpoint of this step" in told and "No space left on device" in told
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_signal_does_not_hide_that_training_failed(caplog):
+    with caplog.at_level(logging.ERROR, logger="pyrocell"), pytest.raises(SystemExit), Interruption():
+        signal.raise_signal(signal.SIGTERM)
+        raise SaveError("the disk is full")
+    assert "had failed: the disk is full" in caplog.text
+
+
 def test_data_for_which_there_is_no_room_are_refused_before_they_are_written(tmp_path, monkeypatch):
     """HDF5 brings the process down when the disk fills up while it writes."""
     model = make()
@@ -292,6 +485,36 @@ def test_the_parameter_of_a_bad_gradient_is_named_in_the_warning():
         model.train(3, batch_size=32)
     assert model.history["skipped_steps"].tolist() == [1, 1, 0]
     assert all(value.isfinite().all() for value in model.module.state_dict().values())
+
+
+def test_with_clipping_too_the_parameter_of_a_bad_gradient_is_named_alone():
+    model = make()
+    name = spoil(model, {3})
+    others = [other for other, _ in model.module.named_parameters() if other != name]
+    with pytest.warns(PyrocellWarning, match=rf"1 training step was.*gradients of '{name}'\.") as caught:
+        model.train(3, batch_size=32, plan=TrainingPlan(max_grad_norm=1.0))
+    assert not any(other in str(caught[0].message) for other in others)
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e3])
+def test_gradients_are_clipped_as_torch_does(most):
+    one, two = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    two.load_state_dict(one.state_dict())
+    for layer in (one, two):
+        layer(torch.ones(4, 3)).square().sum().backward()
+    assert FiniteGuard(one, most).is_finite(torch.tensor(0.0))
+    torch.nn.utils.clip_grad_norm_(two.parameters(), most)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_gradients_whose_norm_alone_is_infinite_are_skipped_and_said(monkeypatch):
+    model = make()
+    parameter = next(iter(model.module.parameters()))
+    count = iter(range(10**6))
+    parameter.register_hook(lambda grad: grad * 0 + 3e38 if next(count) == 1 else grad)
+    with pytest.warns(PyrocellWarning, match=r"non-finite norm of the gradient\."):
+        model.train(2, batch_size=32, plan=TrainingPlan(max_grad_norm=1.0))
 
 
 def test_skipped_steps_of_before_a_resume_are_named_too(tmp_path):

@@ -228,6 +228,27 @@ def test_overwriting_leaves_no_data_of_the_model_before(folder):
     assert again.dataset is None
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("beside_a_model", [False, True])
+def test_data_of_the_user_are_never_replaced(fitted, tmp_path, overwrite, beside_a_model):
+    if beside_a_model:
+        fitted.save(tmp_path)
+    (tmp_path / "adata.h5ad").write_bytes(b"the only copy")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        FileExistsError, match=r"saved model already|adata\.h5ad was not written .* move that file"
+    ):
+        fitted.save(tmp_path, save_anndata=True, overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_data_of_the_model_before_are_replaced_where_asked(folder):
+    other = SCVI(data(seed=2), **SMALL)
+    other.train(1, batch_size=32)
+    other.save(folder, overwrite=True, save_anndata=True)
+    assert SCVI.load(folder).get_elbo() == other.get_elbo()
+
+
 def test_data_are_saved_only_where_there_are_any(bare, tmp_path):
     again = SCVI.load(bare)
     with pytest.raises(PyrocellError, match="without data"):

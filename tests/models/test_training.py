@@ -226,8 +226,26 @@ def test_resume_with_another_seed_is_refused(tmp_path):
 
 def test_resume_of_another_model_is_refused(tmp_path):
     make().train(2, plan=TrainingPlan(checkpoint=tmp_path), **RUN)
-    with pytest.raises(LoadError, match="other parts or sizes"):
+    with pytest.raises(LoadError, match=r"constructor\.n_hidden.*9"):
         make(n_hidden=9).train(4, resume=tmp_path, **RUN)
+
+
+def test_resume_with_other_constructor_arguments_of_the_same_sizes_is_refused(tmp_path):
+    make().train(2, plan=TrainingPlan(checkpoint=tmp_path), **RUN)
+    with pytest.raises(LoadError, match=r"constructor\.dropout_rate"):
+        make(dropout_rate=0.4).train(4, resume=tmp_path, **RUN)
+
+
+def test_resume_with_other_data_of_the_same_sizes_is_refused(tmp_path):
+    make().train(2, plan=TrainingPlan(checkpoint=tmp_path), **RUN)
+    other = make()
+    other.dataset.adata.X[100, int(other.dataset.adata.X[100].indices[0])] += 1
+    before = state(other)
+    with pytest.raises(LoadError, match=r"'data': '[0-9a-f]{64}'.*SHA-256 of the data"):
+        other.train(4, resume=tmp_path, **RUN)
+    assert same(before, state(other))
+    # Whoever does not want the data read once more answers for them.
+    other.train(4, resume=tmp_path, plan=TrainingPlan(hash_data=False), **RUN)
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "checkpoint.safetensors"])
