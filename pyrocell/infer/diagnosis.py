@@ -24,6 +24,8 @@ __all__ = [
 _FEWEST_EPOCHS = 20
 _FALLING = 0.02
 """Share of the whole fall of the loss that the last fifth of training may still bring."""
+_OUTLYING = 0.1
+"""Share of the epochs, those of the highest loss, that the whole fall is told without."""
 _DEAD = 0.02
 """A dimension of which less is explained by the cell holds nothing: its posterior is the same for all cells."""
 _COLLAPSED, _MANY_DEAD = 1 - _DEAD, 0.5
@@ -120,32 +122,57 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def convergence(loss: pd.Series) -> Finding:
+def convergence(loss: pd.Series, *, kl_weight: pd.Series | None = None, first_epoch: int = 0) -> Finding:
     """Say whether the loss was still moving when training ended.
 
     Parameters
     ----------
     loss
-        Training loss of each epoch.
+        Training loss of each epoch, of all trainings.
+    kl_weight
+        KL weight of each epoch: those before its last change are not looked at. By default it never changed.
+    first_epoch
+        At which the last training began; those before are not looked at, but for how far the loss has come down.
     """
     measure = "share of the whole fall of the loss in the last fifth of training"
-    values = loss.to_numpy(float)
-    if len(values) < _FEWEST_EPOCHS:
-        advice = f"{len(values)} epochs are too few to tell; train for {_FEWEST_EPOCHS} at least, better the default."
+    values, last = loss.to_numpy(float), loss.to_numpy(float)[first_epoch:]
+    if n_bad := int((~np.isfinite(last)).sum()):
+        advice = f"The loss is not a number in {n_bad} of {len(last)} epochs; train anew with a lower lr."
         return Finding("convergence", float("nan"), _FALLING, measure, is_flagged=True, advice=advice)
-    last = values[-max(len(values) // 5, 5) :]
-    fall, error = _fall(last)
-    share = fall / max(values[0] - values.min(), np.finfo(np.float32).tiny)
-    moving = abs(fall) > 3 * error and abs(share) > _FALLING
-    advice, when = "The loss no longer falls; there is nothing to do.", f"in the last {len(last)} epochs"
-    if moving and fall > 0:
-        how = "call train() again, as long as elbo_validation falls too"
-        advice = f"The loss fell by {fall:.3g} nats per cell {when}; {how}."
-    elif moving:
-        advice = f"The loss rose by {-fall:.3g} nats per cell {when}; train anew with a lower lr."
-    return Finding(
-        "convergence", abs(share) if moving else max(share, 0.0), _FALLING, measure, moving, advice
+    n_settled = (
+        _n_at_the_last_value(kl_weight.to_numpy(float)[first_epoch:]) if kl_weight is not None else len(last)
     )
+    if n_settled < _FEWEST_EPOCHS:
+        whose = "epochs" if n_settled == len(last) else "epochs after warm-up"
+        advice = f"{n_settled} {whose} are too few to tell; train for {_FEWEST_EPOCHS} at least, better the default."
+        return Finding("convergence", float("nan"), _FALLING, measure, is_flagged=True, advice=advice)
+    end = last[-max(n_settled // 5, 5) :]
+    fall, error = _fall(end)
+    known = values[np.isfinite(values)]
+    # The first epochs can be worse than all others by any amount: where the fall began is told without them.
+    whole = np.quantile(known, 1 - _OUTLYING, method="lower") - known.min()
+    is_sure = abs(fall) > 3 * error
+    share = float(abs(fall) / max(whole, np.finfo(np.float32).tiny)) if is_sure else 0.0
+    moving = share > _FALLING
+    advice = _advice_on_fall(fall, error, len(end), is_moving=moving)
+    return Finding("convergence", share, _FALLING, measure, moving, advice)
+
+
+def _n_at_the_last_value(values: np.ndarray) -> int:
+    """Count the epochs, up to the last, in which a number was what it is in the last."""
+    changed = np.flatnonzero(values != values[-1:])
+    return len(values) - (int(changed[-1]) + 1 if len(changed) else 0)
+
+
+def _advice_on_fall(fall: float, error: float, n_epochs: int, *, is_moving: bool) -> str:
+    when = f"in the last {n_epochs} epochs"
+    if not is_moving:
+        bound = 1.05 * max(abs(fall) + 3 * error, 1e-3)  # two digits may round down by a twentieth
+        return f"The loss fell by less than {bound:.2g} nats per cell {when}; there is nothing to do."
+    if fall > 0:
+        how = "call train(n_epochs_kl_warmup=0) to go on, as long as elbo_validation falls too"
+        return f"The loss fell by {fall:.3g} nats per cell {when}; {how}."
+    return f"The loss rose by {-fall:.3g} nats per cell {when}; train anew with a lower lr."
 
 
 def _fall(values: np.ndarray) -> tuple[float, float]:

@@ -69,7 +69,7 @@ class Diagnoses(Assessments):
         rows = self._rows_to_diagnose(adata, indices, n_cells)
         codes, name = self._batch_of(adata, rows, batch_key)
         history = self.history["elbo_train"] if "elbo_train" in self.history else pd.Series(dtype=float)
-        findings = [diagnosis.convergence(history)] if len(history) else []
+        findings = self._convergence_of(history) if len(history) else []
         dimensions = features = None
         contents: list[Finding] = []
         if self.latent_site is not None:
@@ -83,6 +83,12 @@ class Diagnoses(Assessments):
             features, finding = diagnosis.fit_of_features(_named_apart(check), len(rows))
             findings.append(finding)
         return Diagnosis.of([*findings, *contents], history, dimensions=dimensions, features=features)
+
+    def _convergence_of(self, loss: pd.Series) -> list[Finding]:
+        """Look at the last training alone: warm-up begins anew in each."""
+        began = [record["first_epoch"] for record in self.trainings if record["first_epoch"] < len(loss)]
+        weight = self.history.get("kl_weight")
+        return [diagnosis.convergence(loss, kl_weight=weight, first_epoch=max(began, default=0))]
 
     def _rows_to_diagnose(
         self, adata: AnnData | None, indices: Sequence[int] | np.ndarray | None, n_cells: int

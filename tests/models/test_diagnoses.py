@@ -90,6 +90,18 @@ def test_nothing_is_found_in_a_good_fit():
     assert repr(found).startswith("Diagnosis: 0 of 6 checks are worth a look\n")
 
 
+def test_a_second_training_is_judged_by_itself(tmp_path):
+    model = fit({"batch_key": "lane"}, 30)
+    model.train(21, lr=1e-2, n_epochs_kl_warmup=10)
+    found = model.diagnose().table.loc["convergence"]
+    assert found["is_flagged"] and found["advice"].startswith("11 epochs after warm-up are too few")
+    model.save(tmp_path / "model")
+    again = SCVI.load(tmp_path / "model", model.dataset.adata)
+    assert again.diagnose().table.loc["convergence", "advice"] == found["advice"]
+    model.train(20, lr=1e-2, n_epochs_kl_warmup=0)
+    assert "in the last 5 epochs" in model.diagnose().table.loc["convergence", "advice"]
+
+
 def test_the_numbers_behind_the_table():
     found = good().diagnose()
     assert isinstance(found, Diagnosis)
