@@ -72,6 +72,8 @@ def test_a_fault_is_found(check):
     found = FAULTS[check]()
     assert check in found.flagged, found
     row = found.table.loc[check]
+    assert ("size_factor_key" in row["advice"]) == (check == "library size in the latent")
+    assert ("as batch_key" in row["advice"]) == (check == "batch in the latent")
     assert "nothing to do" not in row["advice"] and row["advice"].endswith(".")
 
 
@@ -116,13 +118,23 @@ def test_the_batch_is_that_of_the_model_or_a_column():
     pd.testing.assert_frame_equal(of_model.table, of_column.table)
     of_kinds = good().diagnose(batch_key="kind")
     assert of_kinds.flagged == ["batch in the latent"]  # a latent is there to tell kinds
-    assert "'kind'" in of_kinds.table.loc["batch in the latent", "advice"]
+    advice = of_kinds.table.loc["batch in the latent", "advice"]
+    assert "'kind'" in advice and "as batch_key" in advice  # it was set up with lanes
+
+
+def test_advice_knows_how_the_model_was_set_up():
+    z, totals = np.random.default_rng(0).standard_normal((500, 3)), np.exp(np.linspace(1, 9, 500))
+    z[:, 0] = np.log(totals)
+    held = good()._contents_of(z, totals, np.repeat([0, 1], 250), "lane")
+    assert [finding.is_flagged for finding in held] == [True, True]
+    assert "size_factor_key" not in held[0].advice and "batch_key" not in held[1].advice
 
 
 def test_some_cells_and_other_data():
     model = good()
     few = model.diagnose(indices=np.arange(40))
-    assert few.table.loc[["library size in the latent", "batch in the latent"], "value"].isna().all()
+    assert few.table.drop("convergence")["value"].isna().all() and few.flagged == []
+    assert model.diagnose(indices=[3]).flagged == []
     again = model.diagnose(model.dataset.adata.copy())
     pd.testing.assert_frame_equal(again.table, model.diagnose().table)
     assert len(model.diagnose(n_cells=60).features) == N_GENES
