@@ -48,7 +48,8 @@ class Diagnoses(Assessments):
         Parameters
         ----------
         adata, indices
-            Which cells; by default those that were held out of training, where there are 200 of them at least.
+            Which cells; by default those that were held out of training, where there are 200 of them at least, and all
+            where the model has other data than it was trained on.
         batch_key
             Column of ``adata.obs`` whose values should be mixed in the latent; by default the model's batch.
         n_cells

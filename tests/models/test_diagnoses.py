@@ -193,5 +193,36 @@ def test_a_loaded_model_gives_the_same_diagnosis(tmp_path):
     pd.testing.assert_frame_equal(model.diagnose().table, again.diagnose().table)
 
 
+@pytest.mark.parametrize("kind", ["fewer", "more", "renamed", "reordered", "other counts"])
+def test_a_model_with_other_data_forgets_which_cells_were_held_out(kind, tmp_path):
+    model = fit(
+        {"batch_key": "lane"},
+        2,
+        plan=TrainingPlan(train_indices=range(250), validation_indices=range(250, 500)),
+    )
+    own = model.dataset.adata
+    model.save(tmp_path / "model")
+    same = SCVI.load(tmp_path / "model", own.copy())
+    np.testing.assert_array_equal(same.validation_indices, np.arange(250, 500))
+    np.testing.assert_array_equal(same._rows_to_diagnose(None, None, 2000), np.arange(250, 500))
+    other = own.copy()
+    if kind == "fewer":
+        other = own[:300].copy()
+    elif kind == "reordered":
+        other = own[::-1].copy()
+    elif kind == "other counts":  # and names that any data could have
+        other.X = np.random.default_rng(1).poisson(8.0, other.shape).astype(np.float32)
+    elif kind == "more":
+        other = anndata.concat([own, own[:50]], keys=["a", "b"], index_unique="-")
+    else:
+        other.obs_names = [f"n{i}" for i in range(500)]
+    SCVI.setup_anndata(other, batch_key="lane")
+    again = SCVI.load(tmp_path / "model", other)
+    assert len(again.train_indices) == len(again.validation_indices) == 0
+    np.testing.assert_array_equal(again._rows_to_diagnose(None, None, 2000), np.arange(other.n_obs))
+    assert again.diagnose().table.notna().loc["predictive fit", "value"]
+    again.save(tmp_path / "again")  # without a split there are no landmarks to choose
+
+
 def test_an_author_needs_nothing_for_it():
     assert "diagnose" in dir(NoLatent) and "diagnose" not in vars(NoLatent)
