@@ -260,6 +260,9 @@ def test_a_diagnosis_shows_what_is_behind_it():
     assert list(ax.lines[0].get_ydata()) == [9.0, 5.0, 4.0]
     given = pyplot.subplots()[1]
     assert plotting.diagnosis(diagnosed(), ax=given) is given
+    few = diagnosed()
+    few.dimensions[:] = pd.DataFrame({"explained": [np.nan] * 4, "is_dead": [False] * 4})
+    assert plotting.diagnosis(few, what="dimensions").get_title() == "too few cells to tell"
 
 
 def test_a_diagnosis_without_a_latent_says_so():

@@ -12,7 +12,7 @@ import torch
 from pyrocell.data.preflight import category_levels
 from pyrocell.data.slots import what_there_is
 from pyrocell.errors import QueryError
-from pyrocell.infer import diagnosis
+from pyrocell.infer import contents, diagnosis
 from pyrocell.infer.criticism import PredictiveCheck
 from pyrocell.infer.diagnosis import Diagnosis, Finding
 from pyrocell.models.asking import Question
@@ -48,7 +48,8 @@ class Diagnoses(Assessments):
         Parameters
         ----------
         adata, indices
-            Which cells; by default those that were held out of training, where there are 200 of them at least.
+            Which cells; by default those that were held out of training, where there are 200 of them at least, and all
+            where the model has other data than it was trained on.
         batch_key
             Column of ``adata.obs`` whose values should be mixed in the latent; by default the model's batch.
         n_cells
@@ -69,20 +70,26 @@ class Diagnoses(Assessments):
         rows = self._rows_to_diagnose(adata, indices, n_cells)
         codes, name = self._batch_of(adata, rows, batch_key)
         history = self.history["elbo_train"] if "elbo_train" in self.history else pd.Series(dtype=float)
-        findings = [diagnosis.convergence(history)] if len(history) else []
+        findings = self._convergence_of(history) if len(history) else []
         dimensions = features = None
-        contents: list[Finding] = []
+        held: list[Finding] = []
         if self.latent_site is not None:
             mean, dimensions = self._latent_to_diagnose(adata, rows)
             findings += diagnosis.latent_findings(dimensions)
             # What a dead dimension holds is lost in its own uncertainty.
             alive = mean[:, ~dimensions["is_dead"].to_numpy(bool)]
-            contents = self._contents_of(alive, self._totals_of(adata, rows), codes, name)
+            held = self._contents_of(alive, self._totals_of(adata, rows), codes, name)
         if self.observed_site is not None:
             check = self.posterior_predictive_check(adata, indices=rows, n_samples=_N_DRAWS)
             features, finding = diagnosis.fit_of_features(_named_apart(check), len(rows))
             findings.append(finding)
-        return Diagnosis.of([*findings, *contents], history, dimensions=dimensions, features=features)
+        return Diagnosis.of([*findings, *held], history, dimensions=dimensions, features=features)
+
+    def _convergence_of(self, loss: pd.Series) -> list[Finding]:
+        """Look at the last training alone: warm-up begins anew in each."""
+        began = [record["first_epoch"] for record in self.trainings if record["first_epoch"] < len(loss)]
+        weight = self.history.get("kl_weight")
+        return [diagnosis.convergence(loss, kl_weight=weight, first_epoch=max(began, default=0))]
 
     def _rows_to_diagnose(
         self, adata: AnnData | None, indices: Sequence[int] | np.ndarray | None, n_cells: int
@@ -138,8 +145,14 @@ class Diagnoses(Assessments):
         self, latents: np.ndarray, totals: np.ndarray, codes: np.ndarray | None, name: str
     ) -> list[Finding]:
         """Say what the latent holds besides what is meant."""
-        found = [diagnosis.size_finding(latents, totals)]
-        return found if codes is None else [*found, diagnosis.batch_finding(latents, codes, name)]
+        given = {column for column in self.data.setup.values() if isinstance(column, str)}
+        listed = [columns for columns in self.data.setup.values() if isinstance(columns, list | tuple)]
+        is_known = name in given.union(*listed)
+        size_is_given = self.data.setup.get("size_factor_key") is not None
+        found = [contents.size_finding(latents, totals, size_is_given=size_is_given)]
+        if codes is not None:
+            found.append(contents.batch_finding(latents, codes, name, is_known=is_known))
+        return found
 
 
 def _named_apart(check: PredictiveCheck) -> pd.DataFrame:

@@ -18,6 +18,9 @@ from pyrocell.models.core import ModelCore
 from pyrocell.models.packing import pack
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
     from pyrocell.infer.trainer import Trainer
 
 __all__ = ["Manifested", "bound_to", "training_record", "versions"]
@@ -60,7 +63,7 @@ class Manifested(ModelCore):
             (``n_cells``, and ``sha256`` of everything read of the data last trained on: None before training),
             ``mapping`` (of a query), and ``trainings``: for each its options, the cells and the device used, the epochs
             and steps done (steps alone, if interrupted in its first epoch), whether it came to its end, its versions,
-            and the SHA-256 of the data at its beginning.
+            the SHA-256 of the data at its beginning, and a checksum of ``cells``: their names and order.
         """
         last = self.trainings[-1]["data"] if self.trainings else None
         manifest = {
@@ -79,7 +82,27 @@ class Manifested(ModelCore):
     def note_training(self, record: dict[str, Any], *, resumed: bool) -> None:
         """Add a record; that of a training which went on from a checkpoint takes the place of those of its epochs."""
         before = [old for old in self.trainings if not resumed or old["first_epoch"] < record["first_epoch"]]
-        self.trainings = (*before, record)
+        self.trainings = (*before, record | {"cells": self._cells_in_order()})
+
+    def attach(self, adata: AnnData | MuData, *, check: bool = True) -> None:
+        """Take data to work on; rows that were trained on or held out say nothing of other cells."""
+        super().attach(adata, check=check)
+        if not len(self.train_indices) or self.dataset is None:
+            return
+        known = self.trainings[-1].get("cells") if self.trainings else None
+        same = self.dataset.n_cells == self.data.n_cells if known is None else known == self._cells_in_order()
+        if not same:
+            self.train_indices = self.validation_indices = np.array([], dtype=np.int64)
+
+    def _cells_in_order(self) -> str:
+        """Say in few letters which cells the model has, in which order: by name, and by the size of some of them.
+
+        Three digits of it: the same data in another container are summed in another order.
+        """
+        assert self.dataset is not None  # the callers have looked
+        sizes = [f"{size:.2e}" for size in self._seen]
+        content = "\n".join([*map(str, self.dataset.obs_names), *sizes])
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def bound_to(model: Manifested, content: str | None) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def find_landmarks(model: Novelty) -> Landmarks | None:
         return model.landmarks
     if not hasattr(model, "get_novelty") or not model.is_trained or model.dataset is None:
         return None
-    if model.mapping is not None or model.dataset.n_cells != model.data.n_cells:
+    other = not len(model.train_indices) or model.dataset.n_cells != model.data.n_cells
+    if model.mapping is not None or other:
         return None  # these are not the cells of the reference
     try:
         model.require_data(None)

@@ -101,7 +101,9 @@ def _dimensions(ax: Axes, found: Diagnosis) -> Axes:
     if len(table) <= 30:
         ax.set_xticks(places, [str(i) for i in table.index])
     ax.set(xlabel="dimension", ylabel="share of variance between cells", ylim=(0, 1))
-    ax.set_title(f"{(~dead).sum()} of {len(table)} dimensions of the latent are in use")
+    unknown = table["explained"].isna().all()
+    title = f"{(~dead).sum()} of {len(table)} dimensions of the latent are in use"
+    ax.set_title("too few cells to tell" if unknown else title)
     ax.legend(frameon=False, fontsize="small")
     return ax
 

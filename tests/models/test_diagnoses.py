@@ -72,6 +72,8 @@ def test_a_fault_is_found(check):
     found = FAULTS[check]()
     assert check in found.flagged, found
     row = found.table.loc[check]
+    assert ("size_factor_key" in row["advice"]) == (check == "library size in the latent")
+    assert ("as batch_key" in row["advice"]) == (check == "batch in the latent")
     assert "nothing to do" not in row["advice"] and row["advice"].endswith(".")
 
 
@@ -90,6 +92,18 @@ def test_nothing_is_found_in_a_good_fit():
     assert repr(found).startswith("Diagnosis: 0 of 6 checks are worth a look\n")
 
 
+def test_a_second_training_is_judged_by_itself(tmp_path):
+    model = fit({"batch_key": "lane"}, 30)
+    model.train(21, lr=1e-2, n_epochs_kl_warmup=10)
+    found = model.diagnose().table.loc["convergence"]
+    assert found["is_flagged"] and found["advice"].startswith("11 epochs after warm-up are too few")
+    model.save(tmp_path / "model")
+    again = SCVI.load(tmp_path / "model", model.dataset.adata)
+    assert again.diagnose().table.loc["convergence", "advice"] == found["advice"]
+    model.train(20, lr=1e-2, n_epochs_kl_warmup=0)
+    assert "in the last 5 epochs" in model.diagnose().table.loc["convergence", "advice"]
+
+
 def test_the_numbers_behind_the_table():
     found = good().diagnose()
     assert isinstance(found, Diagnosis)
@@ -104,13 +118,23 @@ def test_the_batch_is_that_of_the_model_or_a_column():
     pd.testing.assert_frame_equal(of_model.table, of_column.table)
     of_kinds = good().diagnose(batch_key="kind")
     assert of_kinds.flagged == ["batch in the latent"]  # a latent is there to tell kinds
-    assert "'kind'" in of_kinds.table.loc["batch in the latent", "advice"]
+    advice = of_kinds.table.loc["batch in the latent", "advice"]
+    assert "'kind'" in advice and "as batch_key" in advice  # it was set up with lanes
+
+
+def test_advice_knows_how_the_model_was_set_up():
+    z, totals = np.random.default_rng(0).standard_normal((500, 3)), np.exp(np.linspace(1, 9, 500))
+    z[:, 0] = np.log(totals)
+    held = good()._contents_of(z, totals, np.repeat([0, 1], 250), "lane")
+    assert [finding.is_flagged for finding in held] == [True, True]
+    assert "size_factor_key" not in held[0].advice and "batch_key" not in held[1].advice
 
 
 def test_some_cells_and_other_data():
     model = good()
     few = model.diagnose(indices=np.arange(40))
-    assert few.table.loc[["library size in the latent", "batch in the latent"], "value"].isna().all()
+    assert few.table.drop("convergence")["value"].isna().all() and few.flagged == []
+    assert model.diagnose(indices=[3]).flagged == []
     again = model.diagnose(model.dataset.adata.copy())
     pd.testing.assert_frame_equal(again.table, model.diagnose().table)
     assert len(model.diagnose(n_cells=60).features) == N_GENES
@@ -167,6 +191,37 @@ def test_a_loaded_model_gives_the_same_diagnosis(tmp_path):
     model.save(tmp_path / "model")
     again = SCVI.load(tmp_path / "model", model.dataset.adata)
     pd.testing.assert_frame_equal(model.diagnose().table, again.diagnose().table)
+
+
+@pytest.mark.parametrize("kind", ["fewer", "more", "renamed", "reordered", "other counts"])
+def test_a_model_with_other_data_forgets_which_cells_were_held_out(kind, tmp_path):
+    model = fit(
+        {"batch_key": "lane"},
+        2,
+        plan=TrainingPlan(train_indices=range(250), validation_indices=range(250, 500)),
+    )
+    own = model.dataset.adata
+    model.save(tmp_path / "model")
+    same = SCVI.load(tmp_path / "model", own.copy())
+    np.testing.assert_array_equal(same.validation_indices, np.arange(250, 500))
+    np.testing.assert_array_equal(same._rows_to_diagnose(None, None, 2000), np.arange(250, 500))
+    other = own.copy()
+    if kind == "fewer":
+        other = own[:300].copy()
+    elif kind == "reordered":
+        other = own[::-1].copy()
+    elif kind == "other counts":  # and names that any data could have
+        other.X = np.random.default_rng(1).poisson(8.0, other.shape).astype(np.float32)
+    elif kind == "more":
+        other = anndata.concat([own, own[:50]], keys=["a", "b"], index_unique="-")
+    else:
+        other.obs_names = [f"n{i}" for i in range(500)]
+    SCVI.setup_anndata(other, batch_key="lane")
+    again = SCVI.load(tmp_path / "model", other)
+    assert len(again.train_indices) == len(again.validation_indices) == 0
+    np.testing.assert_array_equal(again._rows_to_diagnose(None, None, 2000), np.arange(other.n_obs))
+    assert again.diagnose().table.notna().loc["predictive fit", "value"]
+    again.save(tmp_path / "again")  # without a split there are no landmarks to choose
 
 
 def test_an_author_needs_nothing_for_it():
