@@ -135,7 +135,7 @@ class Comparisons(Queries):
         else:
             _refuse_replicates(mode, options)
             tables = self._cells(mode, question, comparisons, sites, asked)
-        return joined_tables(tables, fdr_target)
+        return joined_tables(tables, fdr_target, multiplicity=options.multiplicity)
 
     def _cells(
         self,
