@@ -786,7 +786,9 @@ def test_false_calls_of_several_kinds_of_features_are_counted_as_asked(multiplic
     first = (table["comparison"] == "A vs rest").to_numpy()
     together = expected_fdr_calls(proba, 0.05)
     apart = np.concatenate([expected_fdr_calls(proba[first], 0.05), expected_fdr_calls(proba[~first], 0.05)])
-    assert together.sum() > apart.sum()  # the sure features of one comparison pay for doubtful ones of the other
+    assert (
+        together.sum() > apart.sum()
+    )  # the sure features of one comparison pay for doubtful ones of the other
     np.testing.assert_array_equal(called, together if multiplicity == "table" else apart)
 
 
