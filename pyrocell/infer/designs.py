@@ -32,14 +32,11 @@ class Design:
         Shape ``(n_units, n_coefficients)``.
     contrast
         Weights of the coefficients.
-    name
-        Of the contrast, or None for group 1 against group 2.
     """
 
     units: list[Unit]
     matrix: np.ndarray
     contrast: np.ndarray
-    name: str | None = None
 
 
 def design_of(
@@ -162,7 +159,7 @@ def _by_formula(
             )
         weights = np.eye(len(names))[names.index(coefficient)]
         # a coefficient has its own sign, whichever way the groups are turned
-        return Design(contrast.units, matrix, -weights if contrast.flipped else weights, coefficient)
+        return Design(contrast.units, matrix, -weights if contrast.flipped else weights)
     if keys[0] not in _variables(formula):
         raise QueryError(
             f"The design {formula!r} has no {keys[0]!r}, the column of the groups; expected it, or a coefficient. Add "
@@ -226,11 +223,7 @@ def _matrix(formula: str, covariates: pd.DataFrame) -> tuple[np.ndarray, Any]:
             f"columns {list_some(covariates.columns, 20)}."
         ) from error
     matrix = np.asarray(found, dtype=np.float64)
-    wrong = [
-        str(name)
-        for name, fine in zip(found.columns, np.isfinite(matrix).all(axis=0).tolist(), strict=True)
-        if not fine
-    ]
+    wrong = [str(found.columns[place]) for place in np.flatnonzero(~np.isfinite(matrix).all(axis=0))]
     if wrong:
         raise QueryError(
             f"The design {formula!r} is not finite in {list_some(wrong)}; expected numbers. Correct the formula, or "

@@ -127,12 +127,17 @@ def _one(
     entering = [] if design is None else design.units
     replicates = [len({unit.sample for unit in entering if unit.side == side}) for side in order]
     model, level = scale.of(pooled.model), pooled.level[order]
+    apart = {
+        f"{prefix}_model": sign * (model[0] - model[1]),
+        **_counted_effects(data.raw[index], scale, prefix),
+    }
+    if options.contrast is not None:  # they are about the groups, and the effect is not
+        apart = {name: np.full(len(tested), np.nan) for name in apart}
     decision = {name: found.pop(name) for name in ("proba_de", "lfsr", "delta")}
     return {
         **decision,
         **{f"{prefix}_{name}": values for name, values in found.items()},
-        f"{prefix}_model": sign * (model[0] - model[1]),
-        **_counted_effects(data.raw[index], scale, prefix),
+        **apart,
         **{f"scale{i + 1}": level[i] for i in (0, 1)},
         **_raw_columns(data.raw[index]),
         "tested": tested,
@@ -290,6 +295,8 @@ def _table(data: PopulationData, columns: Columns, effect: str, coefficient: str
     names = {"comparison": [what + one.name for one in comparisons]}
     if any(one.within for one in comparisons):
         names["within"] = [one.within for one in comparisons]
+    if coefficient is not None:
+        names["contrast"] = [coefficient] * len(comparisons)
     names |= {"group1": [one.group1 for one in comparisons], "group2": [one.group2 for one in comparisons]}
     frame: dict[str, object] = {
         name: np.repeat(np.asarray(values, dtype=object), n_features) for name, values in names.items()

@@ -10,6 +10,7 @@ from pyrocell.errors import QueryError
 from pyrocell.infer.comparison import compare_groups
 from pyrocell.infer.designs import Design, design_of, unit_covariates
 from pyrocell.infer.population_plan import plan_population
+from tests.infer.test_population import Study
 
 AGES = [31.0, 58.0, 44.0, 67.0, 25.0, 39.0, 52.0, 70.0]
 SEXES = list("FMFMFFMM")
@@ -103,3 +104,13 @@ def test_the_first_category_is_the_reference():
 def test_formulas_that_make_no_sense(formula, said):
     with pytest.raises(QueryError, match=said):
         ask(formula)
+
+
+def test_a_contrast_is_named_and_says_nothing_of_the_groups():
+    study = Study(n_genes=30)
+    table = study.table(sample_key="unit", design="~ group + sex", contrast="sex[T.M]")
+    assert (table["contrast"] == "sex[T.M]").all() and (table["group1"] == "A").all()
+    assert table[["lfc_model", "lfc_raw", "lfc_pseudobulk"]].isna().all(axis=None)
+    assert table[["lfc_mean", "scale1", "scale2"]].notna().all(axis=None)
+    plain = study.table(sample_key="unit", design="~ group + sex")
+    assert "contrast" not in plain and plain[["lfc_model", "lfc_raw"]].notna().all(axis=None)
