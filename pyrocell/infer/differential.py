@@ -252,9 +252,11 @@ def _table(run: _Run, columns: Columns, *, sort_by: str) -> pd.DataFrame:
     keys = [np.zeros_like(columns[sort_by]) if effect is None else -effect, -columns[sort_by]]
     order = np.lexsort(keys, axis=-1)  # ties in the evidence: the larger effect first
     n_features = order.shape[1]
+    compared = [contrast.comparison for contrast in run.contrasts]
+    within = (("within", "within"),) if any(one.within for one in compared) else ()
     frame: dict[str, object] = {
-        name: _repeat([getattr(contrast.comparison, attribute) for contrast in run.contrasts], n_features)
-        for name, attribute in (("comparison", "name"), ("group1", "group1"), ("group2", "group2"))
+        name: _repeat([getattr(one, attribute) for one in compared], n_features)
+        for name, attribute in (("comparison", "name"), *within, ("group1", "group1"), ("group2", "group2"))
     }
     frame |= {
         name: np.take_along_axis(np.asarray(table), order, axis=1).ravel() for name, table in columns.items()
