@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from pyrocell.errors import PyrocellWarning, QueryError, list_some
-from pyrocell.infer.population_plan import PopulationContrast, Unit
+from pyrocell.infer.population_plan import PopulationContrast, PopulationPlan, Unit
+from pyrocell.infer.scale_sampler import DifferentialOptions
 
-__all__ = ["Design", "design_of", "unit_covariates"]
+__all__ = ["Design", "design_of", "replicate_design", "unit_covariates"]
 
 _QUOTED = re.compile("`([^`]+)`")
 
@@ -37,6 +38,56 @@ class Design:
     units: list[Unit]
     matrix: np.ndarray
     contrast: np.ndarray
+
+
+def replicate_design(
+    contrast: PopulationContrast,
+    plan: PopulationPlan,
+    obs: pd.DataFrame | None,
+    options: DifferentialOptions,
+    *,
+    group_key: str,
+) -> Design | None:
+    """Make the design of one comparison from the table of the cells; None where cells are what is sampled.
+
+    Parameters
+    ----------
+    contrast
+        The comparison with its replicates.
+    plan
+        Cells of the strata.
+    obs
+        Table of the cells, which a formula reads.
+    options
+        Replicates, formula, coefficient.
+    group_key
+        Column of the groups.
+
+    Raises
+    ------
+    QueryError
+        See `design_of` and `unit_covariates`.
+    """
+    if not contrast.units:
+        return None
+    covariates = None
+    if options.design is not None:
+        assert obs is not None
+        covariates = unit_covariates(
+            contrast,
+            options.design,
+            obs,
+            stratum_cells=[plan.rows[plan.codes == stratum] for stratum in range(plan.n_strata)],
+            group_key=group_key,
+        )
+    return design_of(
+        contrast,
+        paired=options.paired,
+        formula=options.design,
+        coefficient=options.contrast,
+        covariates=covariates,
+        keys=(group_key, str(options.sample_key)),
+    )
 
 
 def design_of(

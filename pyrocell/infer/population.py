@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from pyrocell.infer.decisions import check_targets, expected_fdr_calls, learned_delta, least_effect
-from pyrocell.infer.designs import Design, design_of, unit_covariates
+from pyrocell.infer.designs import Design, replicate_design
 from pyrocell.infer.levels import Levels, Scale, corrected_levels
 from pyrocell.infer.moments import StratumMoments
-from pyrocell.infer.population_plan import PopulationContrast, PopulationPlan
+from pyrocell.infer.population_plan import PopulationPlan
 from pyrocell.infer.raw_summary import RawSummary
 from pyrocell.infer.replicates import replicate_evidence
 from pyrocell.infer.scale_sampler import DifferentialOptions
@@ -95,7 +95,7 @@ def population_differential(
     Raises
     ------
     QueryError
-        See `design_of` and `unit_covariates`.
+        See `replicate_design`.
     """
     options = options or DifferentialOptions()
     check_targets(delta, fdr_target)
@@ -112,7 +112,7 @@ def _one(
     """All columns of one comparison, each of shape ``(n_features,)``."""
     contrast = data.plan.contrasts[index]
     pooled = corrected_levels(data.moments, contrast.sides, by=data.correct)
-    design = _design(data, contrast, options)
+    design = replicate_design(contrast, data.plan, data.obs, options, group_key=data.group_key)
     tested = pooled.total.sum(axis=0) >= options.min_counts if data.correct == "ratio" else _varies(pooled)
     if not data.moments.sums[:2].any():
         tested = _varies(pooled)  # a model without a likelihood has no counts to go by
@@ -151,33 +151,6 @@ def _varies(levels: Levels) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ evidence
-
-
-def _design(
-    data: PopulationData, contrast: PopulationContrast, options: DifferentialOptions
-) -> Design | None:
-    """Return the design over replicates; None where cells are what is sampled."""
-    if not contrast.units:
-        return None
-    covariates = None
-    if options.design is not None:
-        assert data.obs is not None
-        plan = data.plan
-        covariates = unit_covariates(
-            contrast,
-            options.design,
-            data.obs,
-            stratum_cells=[plan.rows[plan.codes == stratum] for stratum in range(plan.n_strata)],
-            group_key=data.group_key,
-        )
-    return design_of(
-        contrast,
-        paired=options.paired,
-        formula=options.design,
-        coefficient=options.contrast,
-        covariates=covariates,
-        keys=(data.group_key, str(options.sample_key)),
-    )
 
 
 def _evidence(

@@ -16,7 +16,7 @@ from pyrocell.infer.comparison import Comparison
 from pyrocell.infer.differential import differential, joined_tables
 from pyrocell.infer.scale_sampler import DifferentialOptions, refuse_options_of_others
 from pyrocell.models.asking import Question
-from pyrocell.models.groups import Asked, CellSet, Groups, asked_comparisons
+from pyrocell.models.groups import Asked, CellSet, Groups, asked_comparisons, designed
 from pyrocell.models.populations import population_tables
 from pyrocell.models.queries import Queries
 from pyrocell.models.roles import needs
@@ -132,6 +132,7 @@ class Comparisons(Queries):
         batches = [{"batch": name} for name in self.data.names("batch")] if batch_correction else None
         asked = Asked(effect, _threshold(mode, delta), batches, fdr_target, options)
         if mode == "population":
+            comparisons = designed(question, comparisons, groups, options)
             tables = population_tables(self, question, comparisons, sites, asked, groups.column(options))
         else:
             tables = self._cells(mode, question, comparisons, sites, asked)

@@ -195,6 +195,40 @@ def test_groups_without_both_conditions_are_named(fitted):
         ask(fitted, groupby="stim", group1="l1", group2="l2", condition="lane")
 
 
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"design": "~ stim + sex", "contrast": "sex[T.X]"}, r"no coefficient 'sex\[T.X\]'"),
+        ({"design": "~ stim + lane"}, "not of full rank"),
+        ({"design": "~ stim + age"}, "reads 'age'"),
+        ({"paired": True}, "no replicate is in both groups"),
+        ({"condition": "stim", "groupby": "kind", "design": "~ stim + lane"}, "not of full rank"),
+    ],
+    ids=str,
+)
+def test_a_design_is_refused_before_anything_is_drawn(fitted, choices, said, monkeypatch):
+    monkeypatch.setattr("pyrocell.models.populations.population_moments", None)
+    with pytest.raises(QueryError, match=said):
+        ask(fitted, **{"groupby": "stim", "group1": "yes", "group2": "no", "sample_key": "donor"} | choices)
+
+
+def test_groups_whose_design_does_not_work_are_left_out(fitted):
+    """In B, one sex only; and in another call no treated cell that has a donor."""
+    obs = fitted.dataset.adata.obs
+    keywords = {"groupby": "kind", "group1": "yes", "group2": "no", "condition": "stim"}
+    one_sex = fitted.dataset.adata[(obs["kind"] == "T") | (obs["sex"] == "F")].copy()
+    choices = keywords | {"sample_key": "donor", "design": "~ stim + sex", "contrast": "sex[T.M]"}
+    with pytest.warns(PyrocellWarning, match=r"'yes vs no in B' is left out. There is no coefficient"):
+        table = ask(fitted, adata=one_sex, **choices)
+    assert set(table["within"]) == {"T"} and table["lfc_mean"].notna().any()
+    nameless = fitted.dataset.adata.copy()
+    lost = (obs["kind"] == "B") & (obs["stim"] == "yes")
+    nameless.obs["donor"] = obs["donor"].astype(str).where(~lost)
+    with pytest.warns(PyrocellWarning, match=r"'yes vs no in B' is left out. No cell of group 'yes'"):
+        table = ask(fitted, adata=nameless, **keywords, sample_key="donor")
+    assert set(table["within"]) == {"T"}
+
+
 def test_a_condition_that_is_a_batch_is_warned_about():
     model = fit(planted(300, 20), 1, {"batch_key": "lane"})
     with pytest.warns(PyrocellWarning, match="'yes vs no' share no batch"):
