@@ -326,6 +326,7 @@ def test_means_of_genes_and_proteins_in_one_table(fitted):
     # one count is added to both sides
     expected = np.log2(proteins["scale1"] + 1) - np.log2(proteins["scale2"] + 1)
     np.testing.assert_allclose(proteins["lfc_estimate"], expected, atol=1e-6)
+    assert (proteins["lfc_offset"] == 0).all()  # counts, not shares: the guide says so
     # an interval of no effect at all is a point, and the mean beside it not quite
     assert (table["lfc_low"] - 1e-3 <= table["lfc_mean"]).all()
     assert (table["lfc_mean"] <= table["lfc_high"] + 1e-3).all()
