@@ -22,6 +22,9 @@ TASKS = {
     "null": "one cell type split at random 20 times, and 4 donors against 4 in 20 ways; nothing planted",
     "ifnb": "interferon against control inside each cell type, all donors together",
     "muscat": "interferon against control inside each cell type, 2 donors in pairs",
+    "simulated every": "simulated cells, every gene with an effect (normal, of one doubling): do intervals cover?",
+    "simulated tenth": "the same with effects in a tenth of the genes",
+    "time": "each of the cell types of 12,261 cells against the rest: seconds, and memory",
 }
 
 
@@ -37,18 +40,23 @@ class Study:
         Column of the groups, and column of the replicates or None, by name.
     truth
         Planted log2 fold change of each gene, A against B.
+    against_rest
+        Whether each group of the column is compared with all others, in place of A with B.
     """
 
     adata: anndata.AnnData
     questions: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     truth: np.ndarray | None = None
+    against_rest: bool = False
 
 
 def make_study(task: str, seed: int) -> Study:
     """Read the counts of a task, and plant what it plants."""
+    rng = np.random.default_rng(seed)
+    if task.startswith("simulated"):
+        return _simulated(task, rng, share=1.0 if task == "simulated every" else 0.1)
     folder = data_folder()
     assert folder is not None
-    rng = np.random.default_rng(seed)
     if task in ("ifnb", "muscat"):
         return _stimulation(folder / {"ifnb": "kang_ifnb_2800", "muscat": "kang_2donor_muscat"}[task], task)
     if task == "sorted cells":
@@ -59,6 +67,9 @@ def make_study(task: str, seed: int) -> Study:
     else:
         adata = anndata.read_h5ad(folder / "kang_8donors_12261.h5ad")
         adata.obs["type"] = adata.obs["cell_type"].astype(str)
+        if task == "time":
+            adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
+            return Study(adata, {task: ("type", None)}, against_rest=True)
         chosen = "CD14+ Monocytes"
         adata = adata[adata.obs["type"].isin([chosen, "B cells"])].copy()
     adata.X = sparse.csr_matrix(adata.X, dtype=np.float32)
@@ -70,6 +81,19 @@ def make_study(task: str, seed: int) -> Study:
     adata.obs["group"] = _groups(adata.n_obs, rows, first)
     truth = _plant(adata, rng)
     return Study(adata, {task: ("group", "donor" if by_donor else None)}, truth)
+
+
+def _simulated(task: str, rng: np.random.Generator, *, share: float, n_cells: int = 800) -> Study:
+    """Draw negative binomial counts of two groups whose effects are known."""
+    n_genes = 1000
+    truth = np.where(rng.random(n_genes) < share, rng.normal(0.0, 1.0, n_genes), 0.0)
+    group = rng.permutation(np.arange(n_cells) % 2)
+    profile = rng.lognormal(0.0, 1.0, n_genes) * 2.0 ** np.where(group[:, None] == 0, truth, 0.0)
+    mean = rng.lognormal(0.0, 0.3, (n_cells, 1)) * profile
+    counts = rng.poisson(rng.gamma(2.0, mean / 2.0)).astype(np.float32)
+    adata = anndata.AnnData(sparse.csr_matrix(counts))
+    adata.obs["group"] = np.where(group == 0, "A", "B")
+    return Study(adata, {task: ("group", None)}, truth)
 
 
 def _half(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:

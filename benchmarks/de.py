@@ -63,13 +63,24 @@ def _planted(study: Study, answer: dict[str, np.ndarray], name: str) -> dict[str
         "calls": float(called.sum()),
         "FDP": float((called & ~changed).sum() / max(called.sum(), 1)),
         "power": float(called[changed].mean()),
-        "AUROC": float(roc_auc_score(changed, answer[f"{name}|score"])),
+        "AUROC": np.nan if changed.all() else float(roc_auc_score(changed, answer[f"{name}|score"])),
         "slope": float(np.polyfit(truth[kept], lfc[kept], 1)[0]),
     }
     if f"{name}|estimate" in answer:
         estimate = answer[f"{name}|estimate"]
         scores["slope before shrinkage"] = float(np.polyfit(truth[changed], estimate[changed], 1)[0])
+    if f"{name}|low" in answer:
+        scores |= _coverage(truth, answer[f"{name}|low"], answer[f"{name}|high"], called)
     return scores
+
+
+def _coverage(truth: np.ndarray, low: np.ndarray, high: np.ndarray, called: np.ndarray) -> dict[str, float]:
+    """Share of 90 % intervals that hold the truth; an interval of no effect is a point."""
+    tested, held = np.isfinite(low), (low - 1e-9 <= truth) & (truth <= high + 1e-9)
+    return {
+        f"covered, {kind}": float(held[chosen].mean()) if chosen.any() else np.nan
+        for kind, chosen in (("all", tested), ("changed", tested & (truth != 0)), ("called", called))
+    }
 
 
 def _nulls(answer: dict[str, np.ndarray], kind: str) -> dict[str, float]:
@@ -105,7 +116,12 @@ def _interferon(study: Study, answer: dict[str, np.ndarray]) -> dict[str, float]
     }
 
 
-def _scores(task: str, study: Study, answer: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def _scores(
+    task: str, study: Study, answer: dict[str, np.ndarray], cost: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    if task == "time":
+        rows = float(answer[f"{task}|rows"][0])
+        return {task: {"seconds": cost["questions"], "MiB more": cost["MiB"], "rows of the table": rows}}
     if task == "null":
         return {f"null, {kind}": _nulls(answer, kind) for kind in ("cells", "donors")}
     if task in ("ifnb", "muscat"):
@@ -125,14 +141,19 @@ def _run(task: str, seed: int, sides: list[Side], options: argparse.Namespace) -
             if side.name == "pydeseq2" and not any(key for _, key in study.questions.values()):
                 continue
             job = {"data": f"{folder}/cells.h5ad", "out": f"{folder}/{side.name}.npz", "seed": seed}
-            job |= {"questions": study.questions, "epochs": options.epochs, "threads": options.threads}
+            job |= {
+                "questions": study.questions,
+                "against_rest": study.against_rest,
+                "epochs": options.epochs,
+                "threads": options.threads,
+            }
             result = run_worker(side, job, timeout=options.timeout)
             if "failure" in result:
                 print(side.name, result["failure"], file=sys.stderr)
                 found[side.name] = result
                 continue
             with np.load(job["out"]) as answer:
-                scores = _scores(task, study, dict(answer))
+                scores = _scores(task, study, dict(answer), result)
             found[side.name] = {"seconds": result, "scores": scores}
             for row, values in scores.items():
                 line = "; ".join(f"{name} {value:.3f}" for name, value in values.items())
@@ -173,7 +194,7 @@ def main() -> int:
     options = _options()
     sides, report = _sides(options), []
     for task in options.tasks.split(","):
-        planted = task not in ("null", "ifnb", "muscat")
+        planted = task not in ("null", "ifnb", "muscat", "time")
         for seed in range(options.seeds if planted else 1):
             report.append(_run(task, seed, sides, options))
             options.json.write_text(json.dumps(report, indent=1))

@@ -322,3 +322,38 @@ def test_calls_over_groups(means):
         plotting.calls(means, ["GONE"])
     with pytest.raises(QueryError, match="needs the column"):
         plotting.calls(means.drop(columns="lfc_mean"))
+
+
+def test_the_counts_are_moved_as_the_effects_are(means):
+    moved = means.assign(lfc_offset=[0.4, 0.4, 0.4, np.nan, 0.4])
+    squares = plotting.effects(moved, ["UP"]).collections[-1].get_offsets()
+    np.testing.assert_allclose(squares, [[3.3 - 0.4, 0]])
+
+
+@pytest.fixture
+def regions(means):
+    """Results of `differential_accessibility`: the names are of accessibility."""
+    names = {"proba_de": "prob_da", "lfc_mean": "effect_size", "is_de_fdr_0.05": "is_da_fdr_0.05"}
+    others = {"lfc_low": "effect_low", "lfc_high": "effect_high", "lfc_raw": "emp_effect"}
+    return means.rename(columns=names | others)
+
+
+@pytest.mark.parametrize("ratio", [False, True])
+def test_accessibility_is_drawn_as_expression_is(means, regions, ratio):
+    if ratio:
+        regions["effect_pseudobulk"] = 0.0  # what tells ratios apart
+    unit = "log2 fold change" if ratio else "difference"
+    for draw in (plotting.volcano, plotting.effects, plotting.calls):
+        one, two = draw(means), draw(regions)
+        for a, b in zip(one.collections, two.collections, strict=False):
+            np.testing.assert_array_equal(a.get_offsets(), b.get_offsets())
+        assert len(one.collections) - len(two.collections) == (ratio and draw is plotting.effects)
+        bar = two.figure.axes[-1].get_ylabel()
+        assert unit in (bar if draw is plotting.calls else two.get_xlabel())
+
+
+def test_shares_of_cell_types_are_drawn(means):
+    names = {"proba_de": "proba_da", "is_de_fdr_0.05": "is_da_fdr_0.05"}
+    shares = means.rename(columns=names).drop(columns=["comparison", "group1", "group2"])
+    assert labels(plotting.volcano(shares))[1] == "higher in group 1 (2)"
+    assert len(plotting.effects(shares).get_yticklabels()) == 3

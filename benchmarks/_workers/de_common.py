@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 import warnings
@@ -17,7 +18,8 @@ from common import RESULT
 __all__ = ["answer_all"]
 
 Answer = dict[str, np.ndarray]
-"""``lfc``, ``score`` (the larger, the surer) and ``called``, in the order of the genes."""
+"""``lfc``, ``score`` (the larger, the surer) and ``called``, in the order of the genes; of groups against the rest,
+their number of ``rows`` alone."""
 
 
 def answer_all(prepare: Callable[[anndata.AnnData, dict[str, Any]], Callable[..., Answer]]) -> None:
@@ -28,9 +30,10 @@ def answer_all(prepare: Callable[[anndata.AnnData, dict[str, Any]], Callable[...
     begun = time.perf_counter()
     ask = prepare(adata, job)
     ready = time.perf_counter()
-    found = {}
+    found, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, (column, sample_key) in job["questions"].items():
         found |= {f"{name}|{key}": value for key, value in ask(column, sample_key).items()}
     np.savez(job["out"], **found)
-    seconds = {"fit": ready - begun, "questions": time.perf_counter() - ready}
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    seconds = {"fit": ready - begun, "questions": time.perf_counter() - ready, "MiB": rise / 1024}
     print(RESULT + json.dumps(seconds))

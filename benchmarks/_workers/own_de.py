@@ -20,6 +20,8 @@ def prepare(adata: anndata.AnnData, job: dict[str, Any]) -> Callable[..., dict[s
     model.train(job["epochs"])
 
     def ask(column: str, sample_key: str | None) -> dict[str, np.ndarray]:
+        if job["against_rest"]:
+            return {"rows": np.array([len(model.differential_expression(groupby=column))])}
         options = pyrocell.DifferentialOptions(sample_key=sample_key)
         table = model.differential_expression(groupby=column, group1="A", group2="B", options=options)
         table = table.loc[adata.var_names]
@@ -29,6 +31,8 @@ def prepare(adata: anndata.AnnData, job: dict[str, Any]) -> Callable[..., dict[s
             "score": np.log(table["proba_de"].to_numpy() + 1e-300)
             - np.log(table["lfsr"].to_numpy() + 1e-300),
             "called": table["is_de_fdr_0.05"].to_numpy(),
+            "low": table["lfc_low"].to_numpy(),
+            "high": table["lfc_high"].to_numpy(),
             # the order of the table: the smallest effect in the interval
             "order": np.maximum(np.maximum(table["lfc_low"], -table["lfc_high"]), 0).fillna(0).to_numpy(),
         }

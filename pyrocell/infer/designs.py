@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +13,12 @@ import numpy as np
 import pandas as pd
 
 from pyrocell.errors import PyrocellWarning, QueryError, list_some
-from pyrocell.infer.population_plan import PopulationContrast, Unit
+from pyrocell.infer.population_plan import PopulationContrast, PopulationPlan, Unit
+from pyrocell.infer.scale_sampler import DifferentialOptions
 
-__all__ = ["Design", "design_of", "unit_covariates"]
+__all__ = ["Design", "design_of", "replicate_design", "unit_covariates"]
+
+_QUOTED = re.compile("`([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,61 @@ class Design:
         Shape ``(n_units, n_coefficients)``.
     contrast
         Weights of the coefficients.
-    name
-        Of the contrast, or None for group 1 against group 2.
     """
 
     units: list[Unit]
     matrix: np.ndarray
     contrast: np.ndarray
-    name: str | None = None
+
+
+def replicate_design(
+    contrast: PopulationContrast,
+    plan: PopulationPlan,
+    obs: pd.DataFrame | None,
+    options: DifferentialOptions,
+    *,
+    group_key: str,
+) -> Design | None:
+    """Make the design of one comparison from the table of the cells; None where cells are what is sampled.
+
+    Parameters
+    ----------
+    contrast
+        The comparison with its replicates.
+    plan
+        Cells of the strata.
+    obs
+        Table of the cells, which a formula reads.
+    options
+        Replicates, formula, coefficient.
+    group_key
+        Column of the groups.
+
+    Raises
+    ------
+    QueryError
+        See `design_of` and `unit_covariates`.
+    """
+    if not contrast.units:
+        return None
+    covariates = None
+    if options.design is not None:
+        assert obs is not None
+        covariates = unit_covariates(
+            contrast,
+            options.design,
+            obs,
+            stratum_cells=[plan.rows[plan.codes == stratum] for stratum in range(plan.n_strata)],
+            group_key=group_key,
+        )
+    return design_of(
+        contrast,
+        paired=options.paired,
+        formula=options.design,
+        coefficient=options.contrast,
+        covariates=covariates,
+        keys=(group_key, str(options.sample_key)),
+    )
 
 
 def design_of(
@@ -158,7 +210,7 @@ def _by_formula(
             )
         weights = np.eye(len(names))[names.index(coefficient)]
         # a coefficient has its own sign, whichever way the groups are turned
-        return Design(contrast.units, matrix, -weights if contrast.flipped else weights, coefficient)
+        return Design(contrast.units, matrix, -weights if contrast.flipped else weights)
     if keys[0] not in _variables(formula):
         raise QueryError(
             f"The design {formula!r} has no {keys[0]!r}, the column of the groups; expected it, or a coefficient. Add "
@@ -168,22 +220,67 @@ def _by_formula(
     return Design(contrast.units, matrix, (levels[0] - levels[1]).mean(axis=0))
 
 
-def _variables(formula: str) -> set[str]:
-    from formulaic import Formula  # slow to import, and only needed here
+def _parsed(formula: str) -> Any:
+    """Read a formula, refusing what is no model of means."""
+    from formulaic import Formula, SimpleFormula  # slow to import, and only needed here
 
     try:
-        return {str(name) for name in Formula(formula).required_variables}
+        found = Formula(formula)
     except Exception as error:  # the parser raises many kinds
         raise QueryError(
             f"design={formula!r} is no formula: {error}. Write it such as '~ condition + sex'."
         ) from error
+    if not isinstance(found, SimpleFormula):
+        raise QueryError(
+            f"design={formula!r} has a left-hand side, or several parts; expected what the means depend on alone. "
+            "Write it such as '~ condition + sex'."
+        )
+    return found
+
+
+def _variables(formula: str) -> set[str]:
+    """Names that a formula cannot do without."""
+    return {str(name) for name in _parsed(formula).required_variables}
+
+
+def _arguments(formula: str) -> set[str]:
+    """Names inside calls as well: transforms with a memory, such as ``scale``, do not tell theirs."""
+    found: set[str] = set()
+    for factor in (factor for term in _parsed(formula) for factor in term.factors):
+        code, quoted = str(factor.expr), {}
+        for place, name in enumerate(_QUOTED.findall(code)):
+            quoted[f"quoted_{place}_"] = name
+            code = code.replace(f"`{name}`", f"quoted_{place}_")
+        try:
+            nodes = list(ast.walk(ast.parse(code, mode="eval")))
+        except SyntaxError:  # a column whose name is no word, looked up as it is
+            continue
+        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        names = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
+        found |= {quoted.get(name, name) for name in names}
+    return found
 
 
 def _matrix(formula: str, covariates: pd.DataFrame) -> tuple[np.ndarray, Any]:
-    from formulaic import Formula
-
-    found: Any = Formula(formula).get_model_matrix(covariates)
-    return np.asarray(found, dtype=np.float64), found.model_spec
+    """Design of the replicates, and how to make it again."""
+    try:
+        with np.errstate(all="ignore"):
+            found: Any = _parsed(formula).get_model_matrix(covariates, na_action="raise")
+    except QueryError:
+        raise
+    except Exception as error:  # whatever the functions in the formula raise
+        raise QueryError(
+            f"The design {formula!r} cannot be computed for these replicates: {error} Correct the formula, or the "
+            f"columns {list_some(covariates.columns, 20)}."
+        ) from error
+    matrix = np.asarray(found, dtype=np.float64)
+    wrong = [str(found.columns[place]) for place in np.flatnonzero(~np.isfinite(matrix).all(axis=0))]
+    if wrong:
+        raise QueryError(
+            f"The design {formula!r} is not finite in {list_some(wrong)}; expected numbers. Correct the formula, or "
+            "the columns that it reads."
+        )
+    return matrix, found.model_spec
 
 
 def _matrix_at(spec: Any, covariates: pd.DataFrame, key: str, value: str) -> np.ndarray:
@@ -216,6 +313,8 @@ def unit_covariates(
 ) -> pd.DataFrame:
     """Look up what the formula reads, once for each replicate on each side.
 
+    Categories keep their order, so that the first is what coefficients are relative to.
+
     Parameters
     ----------
     contrast
@@ -234,17 +333,17 @@ def unit_covariates(
     QueryError
         A column does not exist, or has several or missing values in one replicate.
     """
-    wanted = sorted(_variables(formula) - {group_key})
-    missing = [name for name in wanted if name not in obs]
+    missing = sorted(name for name in _variables(formula) - {group_key} if name not in obs)
     if missing:
         raise QueryError(
             f"The design {formula!r} reads {list_some(missing)}, which adata.obs does not have; it has "
             f"{list_some(obs.columns, 20)}."
         )
-    table: dict[str, list[Any]] = {group_key: [contrast.group(unit.side) for unit in contrast.units]}
-    for name in wanted:
-        column = obs[name]
-        table[name] = []
+    wanted = (_variables(formula) | _arguments(formula)) & set(obs.columns)
+    groups = [contrast.group(unit.side) for unit in contrast.units]
+    table = {group_key: _in_order(groups, obs.get(group_key))}
+    for name in sorted(wanted - {group_key}):
+        column, found = obs[name], []
         for unit in contrast.units:
             cells = np.concatenate([stratum_cells[index] for index in unit.strata])
             values = column.iloc[cells].unique()
@@ -254,5 +353,16 @@ def unit_covariates(
                     f"{unit.sample!r}; the design {formula!r} expects one, not missing, in each. Correct the "
                     "column, or name replicates that have one."
                 )
-            table[name].append(values[0])
+            found.append(values[0])
+        table[name] = _in_order(found, column)
     return pd.DataFrame(table)
+
+
+def _in_order(values: list[Any], column: pd.Series | None) -> Any:
+    """Values as categories in the order of the column that they come from, if it has categories."""
+    if column is None or not isinstance(column.dtype, pd.CategoricalDtype):
+        return values
+    # a group goes by its name, and "rest" is none of the column's
+    names = {str(one): place for place, one in enumerate(column.cat.categories)}
+    seen = sorted(dict.fromkeys(values), key=lambda one: (names.get(str(one), len(names)), str(one)))
+    return pd.Categorical(values, categories=seen)

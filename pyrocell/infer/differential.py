@@ -258,9 +258,11 @@ def _table(run: _Run, columns: Columns, *, sort_by: str) -> pd.DataFrame:
     keys = [np.zeros_like(columns[sort_by]) if effect is None else -effect, -columns[sort_by]]
     order = np.lexsort(keys, axis=-1)  # ties in the evidence: the larger effect first
     n_features = order.shape[1]
+    compared = [contrast.comparison for contrast in run.contrasts]
+    within = (("within", "within"),) if any(one.within for one in compared) else ()
     frame: dict[str, object] = {
-        name: _repeat([getattr(contrast.comparison, attribute) for contrast in run.contrasts], n_features)
-        for name, attribute in (("comparison", "name"), ("group1", "group1"), ("group2", "group2"))
+        name: _repeat([getattr(one, attribute) for one in compared], n_features)
+        for name, attribute in (("comparison", "name"), *within, ("group1", "group1"), ("group2", "group2"))
     }
     frame |= {
         name: np.take_along_axis(np.asarray(table), order, axis=1).ravel() for name, table in columns.items()
@@ -269,7 +271,12 @@ def _table(run: _Run, columns: Columns, *, sort_by: str) -> pd.DataFrame:
     return pd.DataFrame(frame, index=np.asarray(list(run.feature_names), dtype=object)[order.ravel()])
 
 
-def joined_tables(tables: Mapping[str, pd.DataFrame], fdr_target: float) -> pd.DataFrame:
+def joined_tables(
+    tables: Mapping[str, pd.DataFrame],
+    fdr_target: float,
+    *,
+    multiplicity: Literal["comparison", "table"] = "comparison",
+) -> pd.DataFrame:
     """Put the tables of several kinds of features, of the same comparisons, into one.
 
     Parameters
@@ -278,6 +285,8 @@ def joined_tables(tables: Mapping[str, pd.DataFrame], fdr_target: float) -> pd.D
         Tables of :func:`differential`, by kind.
     fdr_target
         As in :func:`differential`; false calls are counted over the features of all kinds together.
+    multiplicity
+        Whether they are counted within each comparison, or over the whole table.
 
     Returns
     -------
@@ -291,11 +300,10 @@ def joined_tables(tables: Mapping[str, pd.DataFrame], fdr_target: float) -> pd.D
     rank, _ = pd.factorize(table["comparison"])
     table = table.iloc[np.lexsort(np.stack([*(-values for values in strength), rank]))]
     if "proba_de" in table:
-        found = [
-            expected_fdr_calls(part.to_numpy(), fdr_target)
-            for _, part in table.groupby("comparison", sort=False)["proba_de"]
-        ]
-        called = np.concatenate(found)
+        families = table["comparison"].to_numpy() if multiplicity == "comparison" else np.zeros(len(table))
+        called = np.zeros(len(table), dtype=bool)
+        for rows in table.reset_index().groupby(families, sort=False).indices.values():
+            called[rows] = expected_fdr_calls(table["proba_de"].to_numpy()[rows], fdr_target)
         if "tested" in table:
             called &= (table["tested"] & (table["proba_de"] >= LEAST_PROBABILITY)).to_numpy()
         table = table.assign(**{f"is_de_fdr_{fdr_target}": called})

@@ -16,10 +16,10 @@ from pyrocell.infer.decisions import (
     learned_delta,
     least_effect,
 )
-from pyrocell.infer.designs import Design, design_of, unit_covariates
+from pyrocell.infer.designs import Design, replicate_design
 from pyrocell.infer.levels import Levels, Scale, corrected_levels
 from pyrocell.infer.moments import StratumMoments
-from pyrocell.infer.population_plan import PopulationContrast, PopulationPlan
+from pyrocell.infer.population_plan import PopulationPlan
 from pyrocell.infer.raw_summary import RawSummary
 from pyrocell.infer.replicates import replicate_evidence
 from pyrocell.infer.scale_sampler import DifferentialOptions
@@ -101,7 +101,7 @@ def population_differential(
     Raises
     ------
     QueryError
-        See `design_of` and `unit_covariates`.
+        See `replicate_design`.
     """
     options = options or DifferentialOptions()
     check_targets(delta, fdr_target)
@@ -118,7 +118,7 @@ def _one(
     """All columns of one comparison, each of shape ``(n_features,)``."""
     contrast = data.plan.contrasts[index]
     pooled = corrected_levels(data.moments, contrast.sides, by=data.correct)
-    design = _design(data, contrast, options)
+    design = replicate_design(contrast, data.plan, data.obs, options, group_key=data.group_key)
     tested = pooled.total.sum(axis=0) >= options.min_counts if data.correct == "ratio" else _varies(pooled)
     if not data.moments.sums[:2].any():
         tested = _varies(pooled)  # a model without a likelihood has no counts to go by
@@ -133,12 +133,17 @@ def _one(
     entering = [] if design is None else design.units
     replicates = [len({unit.sample for unit in entering if unit.side == side}) for side in order]
     model, level = scale.of(pooled.model), pooled.level[order]
+    apart = {
+        f"{prefix}_model": sign * (model[0] - model[1]),
+        **_counted_effects(data.raw[index], scale, prefix),
+    }
+    if options.contrast is not None:  # they are about the groups, and the effect is not
+        apart = {name: np.full(len(tested), np.nan) for name in apart}
     decision = {name: found.pop(name) for name in ("proba_de", "lfsr", "delta")}
     return {
         **decision,
         **{f"{prefix}_{name}": values for name, values in found.items()},
-        f"{prefix}_model": sign * (model[0] - model[1]),
-        **_counted_effects(data.raw[index], scale, prefix),
+        **apart,
         **{f"scale{i + 1}": level[i] for i in (0, 1)},
         **_raw_columns(data.raw[index]),
         "tested": tested,
@@ -152,33 +157,6 @@ def _varies(levels: Levels) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ evidence
-
-
-def _design(
-    data: PopulationData, contrast: PopulationContrast, options: DifferentialOptions
-) -> Design | None:
-    """Return the design over replicates; None where cells are what is sampled."""
-    if not contrast.units:
-        return None
-    covariates = None
-    if options.design is not None:
-        assert data.obs is not None
-        plan = data.plan
-        covariates = unit_covariates(
-            contrast,
-            options.design,
-            data.obs,
-            stratum_cells=[plan.rows[plan.codes == stratum] for stratum in range(plan.n_strata)],
-            group_key=data.group_key,
-        )
-    return design_of(
-        contrast,
-        paired=options.paired,
-        formula=options.design,
-        coefficient=options.contrast,
-        covariates=covariates,
-        keys=(data.group_key, str(options.sample_key)),
-    )
 
 
 def _evidence(
@@ -297,6 +275,8 @@ def _table(data: PopulationData, columns: Columns, effect: str, coefficient: str
     names = {"comparison": [what + one.name for one in comparisons]}
     if any(one.within for one in comparisons):
         names["within"] = [one.within for one in comparisons]
+    if coefficient is not None:
+        names["contrast"] = [coefficient] * len(comparisons)
     names |= {"group1": [one.group1 for one in comparisons], "group2": [one.group2 for one in comparisons]}
     frame: dict[str, object] = {
         name: np.repeat(np.asarray(values, dtype=object), n_features) for name, values in names.items()

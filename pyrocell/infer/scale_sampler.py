@@ -13,7 +13,14 @@ import torch
 
 from pyrocell.errors import QueryError
 
-__all__ = ["DifferentialOptions", "Given", "PopulationDraws", "ScaleSampler", "generator"]
+__all__ = [
+    "DifferentialOptions",
+    "Given",
+    "PopulationDraws",
+    "ScaleSampler",
+    "generator",
+    "refuse_options_of_others",
+]
 
 Given = Mapping[str, object] | None
 """Decoder inputs to substitute, for example ``{"batch": "lane1"}``; None leaves each cell its own."""
@@ -56,11 +63,16 @@ class ScaleSampler(Protocol):
 class DifferentialOptions:
     """Finer choices of a differential analysis.
 
+    Replicates (``sample_key``, ``paired``, ``design``, ``contrast``), ``multiplicity``, ``relative_to``,
+    ``min_counts`` and ``cells_per_stratum`` are of mode "population". Draws and pairs of them (``n_samples``,
+    ``n_pairs``, ``weights``, ``truncate_weights``, ``filter_outlier_cells``, ``batches1``, ``batches2``) are of modes
+    "change" and "vanilla". What is compared (``condition``, ``all_pairs``) and the rest are of all. A mode refuses what
+    it would not use.
+
     Parameters
     ----------
     sample_key
-        Column of the replicates (donors), which are then what is sampled, in place of cells. Mode "population" alone
-        has replicates, as all options up to ``cells_per_stratum``.
+        Column of the replicates (donors), which are then what is sampled, in place of cells.
     paired
         Whether each replicate is in both groups; None to see for itself.
     design
@@ -165,6 +177,56 @@ class DifferentialOptions:
         if self.paired is not None and self.design is not None:
             raise QueryError(
                 "Both paired and design were given; expected one. Name the replicates in the design."
+            )
+
+
+_OF_MEANS = (
+    "sample_key",
+    "paired",
+    "design",
+    "contrast",
+    "multiplicity",
+    "relative_to",
+    "min_counts",
+    "cells_per_stratum",
+)
+_OF_DRAWS = (
+    "n_samples",
+    "n_pairs",
+    "weights",
+    "truncate_weights",
+    "filter_outlier_cells",
+    "batches1",
+    "batches2",
+)
+
+
+def refuse_options_of_others(options: DifferentialOptions, mode: str) -> None:
+    """Refuse what a mode would not use, rather than leave it out without a word.
+
+    Parameters
+    ----------
+    options
+        As given.
+    mode
+        ``"population"``, or one that compares cells with cells.
+
+    Raises
+    ------
+    QueryError
+        An option of another mode differs from its default.
+    """
+    why, other = (
+        ("has no draws of pairs of cells", "mode='change'")
+        if mode == "population"
+        else ("compares cells with cells", "mode='population'")
+    )
+    for name in _OF_DRAWS if mode == "population" else _OF_MEANS:
+        value, default = getattr(options, name), getattr(DifferentialOptions, name)
+        if value != default:
+            raise QueryError(
+                f"{name}={value!r} was given with mode={mode!r}, which {why}; expected {default!r}. Leave it out, or "
+                f"use {other}."
             )
 
 

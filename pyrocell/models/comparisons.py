@@ -14,9 +14,9 @@ from pyrocell.infer.abundance import abundance_scores, sample_log_densities
 from pyrocell.infer.abundance_effects import density_effects, share_effects
 from pyrocell.infer.comparison import Comparison
 from pyrocell.infer.differential import differential, joined_tables
-from pyrocell.infer.scale_sampler import DifferentialOptions
+from pyrocell.infer.scale_sampler import DifferentialOptions, refuse_options_of_others
 from pyrocell.models.asking import Question
-from pyrocell.models.groups import Asked, CellSet, Groups, asked_comparisons
+from pyrocell.models.groups import Asked, CellSet, Groups, asked_comparisons, designed
 from pyrocell.models.populations import population_tables
 from pyrocell.models.queries import Queries
 from pyrocell.models.roles import needs
@@ -127,15 +127,16 @@ class Comparisons(Queries):
                 "batch_correction=True, but the model knows no batches. Set up the data with batch_key= and train a "
                 "model with them, or leave batch_correction out."
             )
+        refuse_options_of_others(options, mode)
         comparisons = asked_comparisons(question, groups, options)
         batches = [{"batch": name} for name in self.data.names("batch")] if batch_correction else None
         asked = Asked(effect, _threshold(mode, delta), batches, fdr_target, options)
         if mode == "population":
+            comparisons = designed(question, comparisons, groups, options)
             tables = population_tables(self, question, comparisons, sites, asked, groups.column(options))
         else:
-            _refuse_replicates(mode, options)
             tables = self._cells(mode, question, comparisons, sites, asked)
-        return joined_tables(tables, fdr_target)
+        return joined_tables(tables, fdr_target, multiplicity=options.multiplicity)
 
     def _cells(
         self,
@@ -268,15 +269,6 @@ def _threshold(mode: Mode, delta: Delta) -> float | None:
             )
         return 0.0 if mode == "population" else 0.25
     return delta
-
-
-def _refuse_replicates(mode: str, options: DifferentialOptions) -> None:
-    """Refuse what a comparison of cells with cells cannot do."""
-    if options.sample_key is not None:
-        raise QueryError(
-            f"sample_key={options.sample_key!r} was given with mode={mode!r}, which compares cells with cells; "
-            "replicates need mode='population'. Leave one of them out."
-        )
 
 
 def _positions(chosen: Sequence[str], names: list[str], key: str) -> list[int]:

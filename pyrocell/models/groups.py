@@ -13,13 +13,23 @@ import pandas as pd
 
 from pyrocell.errors import PyrocellWarning, QueryError, list_some
 from pyrocell.infer.comparison import Comparison, compare_groups
+from pyrocell.infer.designs import replicate_design
+from pyrocell.infer.population_plan import plan_population
 from pyrocell.infer.scale_sampler import DifferentialOptions
 from pyrocell.models.chosen import chosen_cells
 
 if TYPE_CHECKING:
     from pyrocell.models.asking import Question
 
-__all__ = ["Asked", "CellSet", "Groups", "asked_comparisons", "replicates_of", "warn_if_confounded"]
+__all__ = [
+    "Asked",
+    "CellSet",
+    "Groups",
+    "asked_comparisons",
+    "designed",
+    "replicates_of",
+    "warn_if_confounded",
+]
 
 CellSet = Sequence[int] | np.ndarray | str | None
 
@@ -153,6 +163,49 @@ def _inside(
             stacklevel=4,
         )
     return found
+
+
+def designed(
+    question: Question, comparisons: list[Comparison], groups: Groups, options: DifferentialOptions
+) -> list[Comparison]:
+    """Make every design once before anything is drawn, and keep the comparisons that have one.
+
+    Parameters
+    ----------
+    question
+        The data.
+    comparisons
+        What is compared.
+    groups, options
+        How it was asked.
+
+    Raises
+    ------
+    QueryError
+        A design is refused; or, of conditions inside groups, that of every group. Where it is that of some groups,
+        these are left out with a warning.
+    """
+    obs = question.dataset.obs
+    samples = replicates_of(obs, options.sample_key)
+    if samples is None:
+        return comparisons
+    refused: dict[str, QueryError] = {}
+    most, seed = options.cells_per_stratum, options.seed
+    for one in comparisons:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PyrocellWarning)  # said later, once
+                plan = plan_population([one], samples=samples, cells_per_stratum=most, seed=seed)
+                replicate_design(plan.contrasts[0], plan, obs, options, group_key=groups.column(options))
+        except QueryError as error:
+            if not one.within:
+                raise
+            refused[one.name] = error
+    if refused and len(refused) == len(comparisons):
+        raise next(iter(refused.values()))
+    for name, problem in refused.items():
+        warnings.warn(f"{name!r} is left out. {problem}", PyrocellWarning, stacklevel=4)
+    return [one for one in comparisons if one.name not in refused]
 
 
 def _cell_set(cells: Any, obs: pd.DataFrame, name: str) -> np.ndarray:

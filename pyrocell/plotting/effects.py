@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from pyrocell.errors import QueryError, list_some
-from pyrocell.plotting.figures import _BLUE, _GREY, _RED, _axes, _called, _groups, _one_comparison
+from pyrocell.plotting.figures import _BLUE, _GREY, _RED, _axes
+from pyrocell.plotting.tables import _called, _groups, _named_alike, _one_comparison, _unit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,8 @@ def effects(
     Parameters
     ----------
     table
-        Result of ``differential_expression`` in mode ``"population"``, or in mode ``"change"`` with intervals.
+        Result of ``differential_expression`` or ``differential_accessibility`` in mode ``"population"``, or in mode
+        ``"change"`` with intervals.
     features
         Names of the features to draw; by default the surest of those called, or the surest of all.
     group
@@ -44,14 +46,15 @@ def effects(
     Returns
     -------
     Axes
-        Ordered by effect, called features in colour; a hollow square is what the counts alone say.
+        Ordered by effect, called features in colour; a hollow square is what the counts alone say, relative to
+        the majority where the effects are.
 
     Raises
     ------
     QueryError
         If the table holds several comparisons and ``group`` does not say which, has no intervals, or lacks a feature.
     """
-    rows = _one_comparison(table, group)
+    rows = _one_comparison(_named_alike(table), group)
     prefix = "lfc" if "lfc_mean" in rows else "effect"
     ends = next(
         (
@@ -76,11 +79,12 @@ def effects(
     ax.scatter(mean, place, s=22, color=colors, zorder=3)
     if f"{prefix}_raw" in rows:
         raw = rows[f"{prefix}_raw"]
+        if f"{prefix}_offset" in rows:  # effects are relative to what most features have in common
+            raw = raw - rows[f"{prefix}_offset"].fillna(0.0)
         ax.scatter(raw, place, s=16, marker="s", facecolors="none", edgecolors="black", linewidths=0.7)
     ax.set_yticks(place, [str(name) for name in rows.index], fontsize="small")
     first, second = _groups(rows)
-    unit = "log2 fold change" if prefix == "lfc" else "difference"
-    ax.set(xlabel=f"{unit}, with interval", title=f"{first} against {second}")
+    ax.set(xlabel=f"{_unit(rows, f'{prefix}_mean')}, with interval", title=f"{first} against {second}")
     return ax
 
 
@@ -111,7 +115,7 @@ def calls(
     Parameters
     ----------
     table
-        Result of ``differential_expression`` with several comparisons.
+        Result of ``differential_expression`` or ``differential_accessibility`` with several comparisons.
     features
         Names of the features to draw; by default the ``n_each`` surest of those called up in each comparison.
     n_each
@@ -131,6 +135,7 @@ def calls(
     QueryError
         If the table has no effects, or lacks a feature.
     """
+    table = _named_alike(table)
     effect = next((name for name in ("lfc_mean", "effect_mean") if name in table), None)
     if effect is None:
         raise QueryError("a heat map of calls needs the column 'lfc_mean' or 'effect_mean'.")
@@ -150,10 +155,10 @@ def calls(
         .loc[list(features), columns]
         for values in (table[effect].to_numpy(float), called.to_numpy(float))
     )
-    return _heat_map(_axes(ax), sizes, found.to_numpy() > 0, largest, effect)
+    return _heat_map(_axes(ax), sizes, found.to_numpy() > 0, largest, _unit(table, effect))
 
 
-def _heat_map(ax: Axes, sizes: pd.DataFrame, called: np.ndarray, largest: float, effect: str) -> Axes:
+def _heat_map(ax: Axes, sizes: pd.DataFrame, called: np.ndarray, largest: float, unit: str) -> Axes:
     values = np.nan_to_num(sizes.to_numpy(float))
     shown = ax.imshow(
         values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", alpha=np.where(called, 1.0, 0.25)
@@ -164,7 +169,6 @@ def _heat_map(ax: Axes, sizes: pd.DataFrame, called: np.ndarray, largest: float,
     names = [str(name).removesuffix(" vs rest") for name in sizes.columns]
     ax.set_xticks(np.arange(len(names)), names, rotation=45, ha="right", fontsize="small")
     ax.set_yticks(np.arange(len(sizes)), [str(name) for name in sizes.index], fontsize="x-small")
-    unit = "log2 fold change" if effect == "lfc_mean" else "difference"
     ax.figure.colorbar(shown, ax=ax, shrink=0.7, label=unit)
     ax.set_title("Effects; a dot where called")
     return ax

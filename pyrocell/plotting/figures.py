@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pyrocell.errors import QueryError, list_some
+from pyrocell.plotting.tables import _called, _groups, _named_alike, _one_comparison, _unit
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -117,7 +118,8 @@ def volcano(
     Parameters
     ----------
     table
-        Result of ``differential_expression``, one row per feature, named by its index.
+        Result of ``differential_expression`` or ``differential_accessibility``, one row per feature, named by its
+        index.
     group
         Which comparison to draw when the table holds several: a value of ``group1`` or ``comparison``.
     n_labels
@@ -135,7 +137,7 @@ def volcano(
     QueryError
         If the table holds several comparisons and ``group`` does not say which, or if it has no effect sizes.
     """
-    rows = _one_comparison(table, group)
+    rows = _one_comparison(_named_alike(table), group)
     effect = next((name for name in ("lfc_mean", "effect_mean") if name in rows), None)
     if effect is None or "proba_de" not in rows:
         raise QueryError(
@@ -161,8 +163,7 @@ def volcano(
     top = y_ticks[-1]
     ax.set_ylim(-0.03 * top, 1.3 * top)
     ax.set_yticks(y_ticks)
-    unit = "log2 fold change" if effect == "lfc_mean" else "difference"
-    ax.set(xlabel=f"mean {unit}", ylabel=y_name, title=f"{first} against {second}")
+    ax.set(xlabel=f"mean {_unit(rows, effect)}", ylabel=y_name, title=f"{first} against {second}")
     names = [str(name) for name in rows.index]
     _name_points(ax, x, y / top, names, np.flatnonzero(called), n_labels=n_labels, top=top)
     ax.legend(
@@ -303,33 +304,6 @@ def _palette(n: int) -> list[str]:
     return [to_hex(colormaps["gist_rainbow"](i / n)) for i in range(n)]
 
 
-def _one_comparison(table: pd.DataFrame, group: str | None) -> pd.DataFrame:
-    """Pick the rows of one comparison."""
-    if group is not None:
-        chosen = np.zeros(len(table), dtype=bool)
-        for name in ("group1", "comparison"):
-            if name in table:
-                chosen |= (table[name].astype(str) == group).to_numpy()
-        if not chosen.any():
-            known = list(table["group1"].unique()) if "group1" in table else []
-            raise QueryError(
-                f"the table has no comparison of {group!r}; it has {list_some(known) or 'none'}."
-            )
-        table = table[chosen]
-    if "comparison" in table and table["comparison"].nunique() > 1:
-        raise QueryError(
-            f"the table holds {table['comparison'].nunique()} comparisons: "
-            f"{list_some(table['comparison'].unique())}; say which to draw with group=."
-        )
-    return table
-
-
-def _groups(rows: pd.DataFrame) -> tuple[str, str]:
-    if len(rows) and {"group1", "group2"} <= set(rows):
-        return str(rows["group1"].iloc[0]), str(rows["group2"].iloc[0])
-    return "group 1", "group 2"
-
-
 def _evidence(rows: pd.DataFrame) -> tuple[np.ndarray, str, list[float]]:
     """Height of each point, what it is, and the ticks: a probability, or the log of a rate."""
     if "lfsr" not in rows:
@@ -337,13 +311,6 @@ def _evidence(rows: pd.DataFrame) -> tuple[np.ndarray, str, list[float]]:
     height = -np.log10(np.maximum(rows["lfsr"].to_numpy(float), 10.0**-_HIGHEST))
     top = max(4.0, 4.0 * float(np.ceil(height.max(initial=0) / 4)))  # ticks are whole numbers
     return height, "-log10 of the local false sign rate", [0, top / 4, top / 2, 3 * top / 4, top]
-
-
-def _called(rows: pd.DataFrame) -> np.ndarray:
-    """Which features the table calls different, by its own decision column."""
-    columns = [name for name in rows if str(name).startswith("is_de")]
-    called = rows[columns[0]] if columns else rows["proba_de"] > 0.95
-    return called.to_numpy(dtype=bool)
 
 
 def _name_points(

@@ -22,6 +22,7 @@ from pyrocell.infer.differential import (
     RawSummary,
     compare_groups,
     differential,
+    joined_tables,
     summarise_comparisons,
     summarise_counts,
 )
@@ -769,6 +770,26 @@ def test_what_is_compared_is_checked():
     sampler.feature_names = ["f0"]
     with pytest.raises(DataError, match=r"shape \(10000, 4\); expected \(10000, 1\)"):
         differential(sampler, [comparison], options=FIXED)
+
+
+@pytest.mark.parametrize("multiplicity", ["comparison", "table"])
+def test_false_calls_of_several_kinds_of_features_are_counted_as_asked(multiplicity):
+    rng = np.random.default_rng(0)
+
+    def part(n_features):
+        proba = np.concatenate([1 - 0.02 * rng.random(n_features), rng.random(n_features)])
+        names = np.repeat(["A vs rest", "B vs rest"], n_features)
+        return pd.DataFrame({"comparison": names, "proba_de": proba, "lfc_mean": rng.normal(size=len(names))})
+
+    table = joined_tables({"counts": part(30), "proteins": part(5)}, 0.05, multiplicity=multiplicity)
+    proba, called = table["proba_de"].to_numpy(), table["is_de_fdr_0.05"].to_numpy()
+    first = (table["comparison"] == "A vs rest").to_numpy()
+    together = expected_fdr_calls(proba, 0.05)
+    apart = np.concatenate([expected_fdr_calls(proba[first], 0.05), expected_fdr_calls(proba[~first], 0.05)])
+    assert (
+        together.sum() > apart.sum()
+    )  # the sure features of one comparison pay for doubtful ones of the other
+    np.testing.assert_array_equal(called, together if multiplicity == "table" else apart)
 
 
 # ------------------------------------------------------------------------------------------- documentation

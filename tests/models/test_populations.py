@@ -153,6 +153,15 @@ def test_each_pair_of_groups_is_compared_once(fitted):
         ask(fitted, adata=adata, groupby="three", group1="k0", all_pairs=True)
 
 
+@pytest.mark.parametrize("mode", ["change", "vanilla"])
+def test_conditions_inside_groups_are_named_in_every_mode(fitted, mode):
+    keywords = {"groupby": "kind", "group1": "yes", "group2": "no", "mode": mode}
+    table = ask(fitted, **keywords, condition="stim", n_samples=500)
+    assert list(table.columns[:4]) == ["comparison", "within", "group1", "group2"]
+    assert set(table["within"]) == {"B", "T"}
+    assert "within" not in ask(fitted, **keywords | {"groupby": "stim"}, n_samples=500)
+
+
 def test_one_group_against_the_rest_pairs_donors(fitted):
     table = ask(fitted, groupby="kind", group1="T", sample_key="donor")
     assert (table["n_replicates1"] == 6).all() and (table["n_replicates2"] == 6).all()
@@ -186,6 +195,40 @@ def test_groups_without_both_conditions_are_named(fitted):
         ask(fitted, groupby="stim", group1="l1", group2="l2", condition="lane")
 
 
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"design": "~ stim + sex", "contrast": "sex[T.X]"}, r"no coefficient 'sex\[T.X\]'"),
+        ({"design": "~ stim + lane"}, "not of full rank"),
+        ({"design": "~ stim + age"}, "reads 'age'"),
+        ({"paired": True}, "no replicate is in both groups"),
+        ({"condition": "stim", "groupby": "kind", "design": "~ stim + lane"}, "not of full rank"),
+    ],
+    ids=str,
+)
+def test_a_design_is_refused_before_anything_is_drawn(fitted, choices, said, monkeypatch):
+    monkeypatch.setattr("pyrocell.models.populations.population_moments", None)
+    with pytest.raises(QueryError, match=said):
+        ask(fitted, **{"groupby": "stim", "group1": "yes", "group2": "no", "sample_key": "donor"} | choices)
+
+
+def test_groups_whose_design_does_not_work_are_left_out(fitted):
+    """In B, one sex only; and in another call no treated cell that has a donor."""
+    obs = fitted.dataset.adata.obs
+    keywords = {"groupby": "kind", "group1": "yes", "group2": "no", "condition": "stim"}
+    one_sex = fitted.dataset.adata[(obs["kind"] == "T") | (obs["sex"] == "F")].copy()
+    choices = keywords | {"sample_key": "donor", "design": "~ stim + sex", "contrast": "sex[T.M]"}
+    with pytest.warns(PyrocellWarning, match=r"'yes vs no in B' is left out. There is no coefficient"):
+        table = ask(fitted, adata=one_sex, **choices)
+    assert set(table["within"]) == {"T"} and table["lfc_mean"].notna().any()
+    nameless = fitted.dataset.adata.copy()
+    lost = (obs["kind"] == "B") & (obs["stim"] == "yes")
+    nameless.obs["donor"] = obs["donor"].astype(str).where(~lost)
+    with pytest.warns(PyrocellWarning, match=r"'yes vs no in B' is left out. No cell of group 'yes'"):
+        table = ask(fitted, adata=nameless, **keywords, sample_key="donor")
+    assert set(table["within"]) == {"T"}
+
+
 def test_a_condition_that_is_a_batch_is_warned_about():
     model = fit(planted(300, 20), 1, {"batch_key": "lane"})
     with pytest.warns(PyrocellWarning, match="'yes vs no' share no batch"):
@@ -204,10 +247,21 @@ def test_a_condition_that_is_a_batch_is_warned_about():
     ("question", "said"),
     [
         ({"groupby": "kind", "sample_key": "mouse"}, r"sample_key='mouse' is no column.*'donor'"),
-        ({"groupby": "kind", "sample_key": "donor", "mode": "change"}, "replicates need mode='population'"),
-        ({"groupby": "kind", "weights": "importance"}, "weights='importance'.*Use mode='change'"),
+        (
+            {"groupby": "kind", "sample_key": "donor", "mode": "change"},
+            "sample_key='donor'.*use mode='population'",
+        ),
+        ({"groupby": "kind", "weights": "importance"}, "weights='importance'.*use mode='change'"),
         ({"groupby": "kind", "filter_outlier_cells": True}, "filter_outlier_cells=True"),
         ({"groupby": "kind", "batches1": [{"batch": "x"}]}, "batches1="),
+        ({"groupby": "kind", "batches2": [{"batch": "x"}]}, "batches2="),
+        ({"groupby": "kind", "n_samples": 100}, "n_samples=100 was given with mode='population'.*5000"),
+        ({"groupby": "kind", "n_pairs": 100}, "n_pairs=100"),
+        ({"groupby": "kind", "truncate_weights": True}, "truncate_weights=True"),
+        ({"groupby": "kind", "mode": "change", "multiplicity": "table"}, "multiplicity='table'"),
+        ({"groupby": "kind", "mode": "vanilla", "relative_to": "total"}, "relative_to='total'"),
+        ({"groupby": "kind", "mode": "change", "min_counts": 0}, "min_counts=0 .*cells with cells"),
+        ({"groupby": "kind", "mode": "change", "cells_per_stratum": 9}, "cells_per_stratum=9"),
         ({"idx1": [1, 2], "condition": "stim"}, "give groupby="),
         ({"idx1": [1, 2], "idx2": [2, 3]}, "1 cells are on both sides"),
         ({"groupby": "kind", "delta": "none"}, "delta is 'none'"),

@@ -18,6 +18,7 @@ from pyrocell import TOTALVI
 from pyrocell.data import synthetic_iid
 from pyrocell.distributions import NegativeBinomialMixture
 from pyrocell.errors import DataError, QueryError, SetupError
+from pyrocell.infer.decisions import expected_fdr_calls
 from pyrocell.infer.differential import differential
 from pyrocell.infer.effects import Warmup
 from pyrocell.models.asking import Question
@@ -325,9 +326,20 @@ def test_means_of_genes_and_proteins_in_one_table(fitted):
     # one count is added to both sides
     expected = np.log2(proteins["scale1"] + 1) - np.log2(proteins["scale2"] + 1)
     np.testing.assert_allclose(proteins["lfc_estimate"], expected, atol=1e-6)
+    assert (proteins["lfc_offset"] == 0).all()  # counts, not shares: the guide says so
     # an interval of no effect at all is a point, and the mean beside it not quite
     assert (table["lfc_low"] - 1e-3 <= table["lfc_mean"]).all()
     assert (table["lfc_mean"] <= table["lfc_high"] + 1e-3).all()
+
+
+def test_false_calls_may_be_counted_over_all_groups_and_kinds(fitted):
+    options = pyrocell.DifferentialOptions(multiplicity="table")
+    table = fitted.differential_expression(groupby="label", options=options)
+    assert table["comparison"].nunique() > 1 and table["modality"].nunique() == 2
+    together = expected_fdr_calls(table["proba_de"].to_numpy(), 0.05) & table["tested"]
+    np.testing.assert_array_equal(table["is_de_fdr_0.05"], together)
+    apart = fitted.differential_expression(groupby="label")["is_de_fdr_0.05"]
+    assert apart.sum() != together.sum()
 
 
 # ------------------------------------------------------------------------------------------------ bad input
