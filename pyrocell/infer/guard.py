@@ -35,14 +35,18 @@ class FiniteGuard:
     def __init__(self, module: torch.nn.Module, max_grad_norm: float | None) -> None:
         self.module, self.max_grad_norm = module, max_grad_norm
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.buffers = [b for b in module.buffers() if b.is_floating_point()]
+        buffers = [b for b in module.buffers() if b.dtype != torch.bool]
+        # One type at a time, which a device copies at once; the whole numbers count the steps of running statistics.
+        kinds = [[b for b in buffers if b.is_floating_point() == is_float] for is_float in (True, False)]
+        self._kinds = [kind for kind in kinds if kind]
+        self.buffers = [buffer for kind in kinds for buffer in kind]
         self._kept: list[torch.Tensor] = []
 
     def remember(self) -> None:
         """Forget the last gradients, and keep the running statistics: a forward pass changes them."""
         for parameter in self.parameters:
             parameter.grad = None
-        self._kept = list(torch._foreach_add(self.buffers, 0.0)) if self.buffers else []
+        self._kept = [kept for kind in self._kinds for kept in torch._foreach_add(kind, 0)]
 
     def undo(self) -> None:
         """Bring the running statistics back."""

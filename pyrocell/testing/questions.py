@@ -65,8 +65,8 @@ def questions(
 def is_answer(answer: Any) -> bool:
     """Whether there is something, and its numbers are finite.
 
-    Tables may lack some, such as a test of a gene without counts: no infinities, something in each column, and more
-    than is missing.
+    Tables may lack some, such as a test of a gene without counts: no infinities, as many numbers as are missing at
+    least, and some in each column of more than one row.
     """
     if isinstance(answer, tuple | list | dict):
         parts = answer.values() if isinstance(answer, dict) else answer
@@ -80,7 +80,8 @@ def is_answer(answer: Any) -> bool:
         if answer.empty or numbers.size == 0:
             return not answer.empty
         finite = np.isfinite(numbers)
-        return bool(finite.any(axis=0).all() and finite.mean() > 0.5 and not np.isinf(numbers).any())
+        full = len(answer) == 1 or finite.any(axis=0).all()
+        return bool(full and finite.mean() >= 0.5 and not np.isinf(numbers).any())
     if isinstance(answer, pd.Series):
         return not answer.empty and not answer.isna().any()
     values = np.asarray(answer)
