@@ -121,7 +121,8 @@ def _scores(
 ) -> dict[str, dict[str, float]]:
     if task == "time":
         rows = float(answer[f"{task}|rows"][0])
-        return {task: {"seconds": cost["questions"], "MiB more": cost["MiB"], "rows of the table": rows}}
+        names = {"seconds": "questions", "seconds of processors": "processor", "MiB more": "MiB"}
+        return {task: {name: cost[key] for name, key in names.items()} | {"rows of the table": rows}}
     if task == "null":
         return {f"null, {kind}": _nulls(answer, kind) for kind in ("cells", "donors")}
     if task in ("ifnb", "muscat"):

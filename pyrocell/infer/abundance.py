@@ -32,7 +32,8 @@ def sample_log_densities(
     r"""Log density of every sample's aggregated posterior at the latent position of every cell.
 
     The density of sample s is the average of the posteriors of its cells,
-    :math:`q_s(h) = n_s^{-1} \sum_{n \in s} q(h \mid x_n)`.
+    :math:`q_s(h) = n_s^{-1} \sum_{n \in s} q(h \mid x_n)`. At its own position, a cell is left out of the density of
+    its sample, which would otherwise be dense wherever it has a cell (unless it is the only one of the sample).
 
     Parameters
     ----------
@@ -43,7 +44,8 @@ def sample_log_densities(
     n_samples
         Number of samples; None for the largest code plus one.
     at
-        Positions, shape ``(n_positions, n_latent)``; None for the cells' own posterior means.
+        Positions, shape ``(n_positions, n_latent)``, of which no cell is left out; None for the cells' own posterior
+        means.
     kernel
         ``"normal"``, the posterior itself, or ``"student"``, which puts a Student-t of 3 degrees of freedom with the
         same location and scale in every latent dimension: smoother where cells are few.
@@ -69,7 +71,8 @@ def sample_log_densities(
     columns = []
     for members in _members(sample_codes, n_samples):
         rows = torch.as_tensor(members, device=centres.device)
-        columns.append(_log_mixture(positions, centres[rows], spreads[rows], kernel))
+        own = rows if at is None and len(rows) > 1 else None
+        columns.append(_log_mixture(positions, centres[rows], spreads[rows], kernel, own=own))
     return torch.stack(columns, dim=1).cpu().numpy()
 
 
@@ -102,9 +105,17 @@ def _members(sample_codes: np.ndarray, n_samples: int) -> list[np.ndarray]:
 
 
 def _log_mixture(
-    positions: torch.Tensor, centres: torch.Tensor, spreads: torch.Tensor, kernel: str
+    positions: torch.Tensor,
+    centres: torch.Tensor,
+    spreads: torch.Tensor,
+    kernel: str,
+    *,
+    own: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Log of the average kernel over the components, in blocks of positions and components."""
+    """Log of the average kernel over the components, in blocks of positions and components.
+
+    With ``own``, the position of each component, a component does not count at its position.
+    """
     n_latent = centres.shape[1] if kernel == "student" else 1
     width = min(len(centres), max(1, BLOCK_ENTRIES // (n_latent * 64)))
     height = max(1, BLOCK_ENTRIES // (n_latent * width))
@@ -113,9 +124,20 @@ def _log_mixture(
         block = positions[top : top + height]
         for left in range(0, len(centres), width):
             log_kernel = _KERNELS[kernel](block, centres[left : left + width], spreads[left : left + width])
+            if own is not None:
+                _leave_out(log_kernel, own[left : left + width] - top)
             part = torch.logsumexp(log_kernel, dim=1)
             result[top : top + height] = torch.logaddexp(result[top : top + height], part)
-    return result - math.log(len(centres))
+    n_components = torch.full_like(result, len(centres))
+    if own is not None:
+        n_components[own] -= 1
+    return result - n_components.log()
+
+
+def _leave_out(log_kernel: torch.Tensor, places: torch.Tensor) -> None:
+    """Take each component off at its own place in a block of positions, if it is there."""
+    inside = torch.nonzero((places >= 0) & (places < len(log_kernel)))[:, 0]
+    log_kernel[places[inside], inside] = -math.inf
 
 
 def _log_normal(positions: torch.Tensor, centres: torch.Tensor, spreads: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,10 @@ def density_effects(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compare the log densities of two sets of samples at each cell, samples being the replicates.
 
+    The prior is learned from all cells as if they were independent. They are not: what sets the samples apart in one
+    place does so at all cells nearby. So ``lfsr`` is about one cell that was chosen beforehand, and ranks cells; it is
+    no error rate over cells. Where nothing differs but samples, whole regions may have a small one by chance.
+
     Parameters
     ----------
     log_densities

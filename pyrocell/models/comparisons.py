@@ -198,7 +198,8 @@ class Comparisons(Queries):
             Column of ``adata.obs`` with the sample of each cell.
         samples1, samples2
             Two sets of samples to compare: adds the column ``log_ratio``, positive where the first set is denser, and,
-            with two samples or more in each, what holds between samples: ``effect``, ``effect_error`` and ``lfsr``.
+            with two samples or more in each, what holds between samples: ``effect``, ``effect_error`` and ``lfsr`` (of
+            one cell chosen beforehand: neighbours differ together, so it is no error rate over cells).
         groupby
             Column of ``adata.obs`` with cell types (or clusters): compare their shares between the two sets instead.
         kernel
@@ -207,7 +208,7 @@ class Comparisons(Queries):
         Returns
         -------
         DataFrame
-            Cells by samples: log of the density of each sample's cells at each cell's latent (natural log). With
+            Cells by samples: log of the density of each sample's other cells at each cell's latent (natural log). With
             ``groupby``, one row for each cell type: see `pyrocell.infer.abundance_effects.share_effects`.
 
         Raises

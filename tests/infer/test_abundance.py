@@ -20,9 +20,16 @@ def latent():
 
 
 def brute_force(means, variances, codes, positions, law):
+    """Average the kernels of all cells but the one whose position it is."""
     log_kernel = law.logpdf(positions[:, None], loc=means, scale=np.sqrt(variances)).sum(-1)
+    if positions is means:
+        np.fill_diagonal(log_kernel, -np.inf)
+    counted = np.isfinite(log_kernel)
     return np.stack(
-        [special.logsumexp(log_kernel[:, codes == s], axis=1) - np.log(np.sum(codes == s)) for s in range(3)],
+        [
+            special.logsumexp(log_kernel[:, codes == s], axis=1) - np.log(counted[:, codes == s].sum(1))
+            for s in range(3)
+        ],
         axis=1,
     )
 
@@ -56,7 +63,32 @@ def test_cells_of_no_sample_are_only_positions(latent):
     left_out = np.where(np.arange(30) < 7, -1, codes)
     result = sample_log_densities(means, variances, left_out)
     kept = sample_log_densities(means[7:], variances[7:], codes[7:], at=means)
-    np.testing.assert_allclose(result, kept)
+    np.testing.assert_allclose(result[:7], kept[:7])
+    assert not np.allclose(
+        result[7:], kept[7:]
+    )  # those of a sample are left out of its density at their own place
+
+
+def test_a_sample_is_not_dense_merely_where_it_has_a_cell():
+    """Cells of one population in many dimensions, where neighbours are far: the own cell would be all there is."""
+    rng = np.random.default_rng(0)
+    means, codes = rng.normal(size=(300, 8)), rng.permutation(np.arange(300) % 6)
+    densities = sample_log_densities(means, np.full((300, 8), 0.05), codes)
+    others = [np.median(densities[codes != s, s]) for s in range(6)]
+    own = [np.median(densities[codes == s, s]) for s in range(6)]
+    assert abs(np.mean(own) - np.mean(others)) < 3 < np.std(densities)
+    with_itself = sample_log_densities(means, np.full((300, 8), 0.05), codes, at=means)
+    own = [np.median(with_itself[codes == s, s]) for s in range(6)]
+    assert np.mean(own) - np.mean(others) > 10  # the defect
+
+
+def test_the_only_cell_of_a_sample_stays(latent):
+    means, variances, _ = latent
+    codes = np.where(np.arange(30) == 4, 1, 0)
+    alone = sample_log_densities(means, variances, codes)[:, 1]
+    np.testing.assert_allclose(
+        alone, stats.norm.logpdf(means, means[4], np.sqrt(variances[4])).sum(1), rtol=1e-9
+    )
 
 
 def test_scores_average_samples_equally_and_change_sign(latent):
