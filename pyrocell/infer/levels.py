@@ -68,10 +68,10 @@ class Levels:
     variance
         Sampling variance of ``level``.
     counted, exposure, dispersion
-        Of a quantity that is corrected by a ratio: the counts with the prior's share, what they are divided by to
-        give the level, and the variance of the level over that of a Poisson count.
+        Of a quantity that is corrected by a ratio: the effective counts with the prior's share, what they are divided
+        by to give the level, and the variance of the level over that of a Poisson count.
     total
-        What was counted.
+        What was counted, in all cells.
     """
 
     model: np.ndarray
@@ -115,20 +115,24 @@ def corrected_levels(
     the sum over cells of m / sum(m) - 1 / n + x / (a + sum(x)) - e / (a + sum(e)): its variance is that of the Bayesian
     bootstrap over cells, and counts of zeros and ones give it that of the gamma posterior. The number of counts turns
     it into a dispersion, which is averaged with that of the other sets of cells and of features of similar counts.
+    Where some cells stand for more (their stratum was cut), counts are effective ones: those whose Poisson variance is
+    that of the estimated total.
     """
     united = moments.united(sets)
-    n, (counted, expected, quantity) = united.n[:, None], united.sums
+    n, seen, (counted, expected, quantity) = united.n[:, None], united.n_seen[:, None], united.sums
     model = quantity / n
     if by == "shift":
         one = np.ones_like(model)
         level = model + (counted - expected) / n
         variance = united.weighted(one, -one, one) / n**2 - level**2 / n
-        variance = np.maximum(variance, 1e-12) * n / np.maximum(n - 1, 1)
+        variance = np.maximum(variance, 1e-12) * seen / np.maximum(seen - 1, 1)
         return Levels(model, level, variance, one, one, variance, np.abs(counted))
-    counted, expected = counted + PRIOR_COUNT, expected + PRIOR_COUNT
+    inflation = united.inflation
+    counted, expected = counted / inflation + PRIOR_COUNT, expected / inflation + PRIOR_COUNT
     safe = np.maximum(quantity, np.finfo(np.float64).tiny)
-    departure = (united.sums[0] / counted - united.sums[1] / expected) / n
-    relative = united.weighted(1.0 / counted, -1.0 / expected, 1.0 / safe) - 1.0 / n - 2.0 * departure
+    counts, model_counts = inflation * counted, inflation * expected
+    departure = (united.sums[0] / counts - united.sums[1] / model_counts) / n
+    relative = united.weighted(1.0 / counts, -1.0 / model_counts, 1.0 / safe) - 1.0 / n - 2.0 * departure
     dispersion = _dispersion(np.maximum(relative, 0.0) * counted, united)
     exposure = expected / np.maximum(model, np.finfo(np.float64).tiny)
     level = counted / exposure
@@ -139,7 +143,7 @@ def corrected_levels(
 
 def _dispersion(own: np.ndarray, united: StratumMoments) -> np.ndarray:
     """Average the dispersion of each set of cells with that of all sets, and of features with similar counts."""
-    n, total = united.n[:, None], united.sums[0]
+    n, total = united.n_seen[:, None], united.sums[0] / united.inflation
     own = own * n / np.maximum(n - 1.0, 1.0)
     is_counted = (total.sum(axis=0) > 0) | (united.sums[1].sum(axis=0) > 0)
     weight = np.where(is_counted, np.minimum(total, n - 1.0), n - 1.0)

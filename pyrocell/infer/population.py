@@ -123,7 +123,7 @@ def _one(
         evidence = _evidence(data, pooled, design, scale, tested)
         found = _effects(evidence, tested, sign, _offset(evidence, scale, options), delta, options)
     order = [1, 0] if contrast.flipped else [0, 1]
-    sizes = [data.moments.n[list(contrast.sides[side])].sum() for side in order]
+    sizes = [np.rint(data.moments.n[list(contrast.sides[side])].sum()) for side in order]
     entering = [] if design is None else design.units
     replicates = [len({unit.sample for unit in entering if unit.side == side}) for side in order]
     model, level = scale.of(pooled.model), pooled.level[order]

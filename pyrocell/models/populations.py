@@ -143,7 +143,7 @@ def population_moments(
     )
     observed = {field: name for name, field in model.observed_sites.items()}.get(question.field)
     sites = [site] if observed is None else [site, observed]
-    sums = MomentSums(plan.n_strata, len(question.feature_names))
+    sums = MomentSums(plan.n_strata, len(question.feature_names), plan.weights)
     drawer, size = model.drawer(), max(16, _NUMBERS // (asked.n_features * (1 + len(versions))))
     with model.asking(seed):
         for place, cells in asked.blocks(size):
