@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -72,6 +72,8 @@ class Levels:
         by to give the level, and the variance of the level over that of a Poisson count.
     total
         What was counted, in all cells.
+    by
+        How the model's mean was corrected, as in `corrected_levels`.
     """
 
     model: np.ndarray
@@ -81,14 +83,25 @@ class Levels:
     exposure: np.ndarray
     dispersion: np.ndarray
     total: np.ndarray
+    by: Literal["ratio", "shift"] = "ratio"
 
     def among(self, chosen: np.ndarray) -> Levels:
         """Return the levels of some features."""
-        return Levels(*(getattr(self, field.name)[:, chosen] for field in fields(self)))
+        return self.part(np.arange(len(self.level)), chosen)
+
+    def part(self, rows: np.ndarray, features: np.ndarray) -> Levels:
+        """Return the levels of some sets of cells and features."""
+        chosen = np.arange(self.level.shape[0])[rows], np.arange(self.level.shape[1])[features]
+        tables = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "by"}
+        return replace(self, **{name: table[np.ix_(*chosen)] for name, table in tables.items()})
 
 
 def corrected_levels(
-    moments: StratumMoments, sets: Sequence[Sequence[int]], *, by: Literal["ratio", "shift"]
+    moments: StratumMoments,
+    sets: Sequence[Sequence[int]],
+    *,
+    by: Literal["ratio", "shift"],
+    prior: float | np.ndarray = PRIOR_COUNT,
 ) -> Levels:
     """Correct the model's mean in each set of cells by the counts.
 
@@ -104,6 +117,8 @@ def corrected_levels(
         Strata of each set of cells.
     by
         Kind of correction.
+    prior
+        Counts a of the prior, of all sets or of each, shape ``(n_sets,)``: replicates share those of their side.
 
     Returns
     -------
@@ -126,9 +141,9 @@ def corrected_levels(
         level = model + (counted - expected) / n
         variance = united.weighted(one, -one, one) / n**2 - level**2 / n
         variance = np.maximum(variance, 1e-12) * seen / np.maximum(seen - 1, 1)
-        return Levels(model, level, variance, one, one, variance, np.abs(counted))
-    inflation = united.inflation
-    counted, expected = counted / inflation + PRIOR_COUNT, expected / inflation + PRIOR_COUNT
+        return Levels(model, level, variance, one, one, variance, np.abs(counted), "shift")
+    inflation, prior = united.inflation, np.reshape(prior, (-1, 1))
+    counted, expected = counted / inflation + prior, expected / inflation + prior
     safe = np.maximum(quantity, np.finfo(np.float64).tiny)
     counts, model_counts = inflation * counted, inflation * expected
     departure = (united.sums[0] / counts - united.sums[1] / model_counts) / n

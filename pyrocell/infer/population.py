@@ -11,7 +11,7 @@ import pandas as pd
 
 from pyrocell.infer.decisions import check_targets, expected_fdr_calls, learned_delta, least_effect
 from pyrocell.infer.designs import Design, design_of, unit_covariates
-from pyrocell.infer.levels import Levels, Scale, corrected_levels
+from pyrocell.infer.levels import PRIOR_COUNT, Levels, Scale, corrected_levels
 from pyrocell.infer.moments import StratumMoments
 from pyrocell.infer.population_plan import PopulationContrast, PopulationPlan
 from pyrocell.infer.raw_summary import RawSummary
@@ -180,7 +180,13 @@ def _evidence(
 ) -> Evidence:
     """Likelihood of the effect of each tested feature, first side of the contrast against the second."""
     if design is not None:
-        levels = corrected_levels(data.moments, [unit.strata for unit in design.units], by=data.correct)
+        sides = np.array([unit.side for unit in design.units])
+        levels = corrected_levels(
+            data.moments,
+            [unit.strata for unit in design.units],
+            by=data.correct,
+            prior=PRIOR_COUNT / np.bincount(sides)[sides],
+        )
         return replicate_evidence(levels.among(tested), scale, design.matrix, design.contrast)
     levels = pooled.among(tested)
     if scale.is_bare_ratio and data.correct == "ratio":

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from pyrocell.infer.comparison import compare_groups
+from pyrocell.infer.levels import Scale
 from pyrocell.infer.moments import StratumMoments
 from pyrocell.infer.population import PopulationData, population_differential
 from pyrocell.infer.population_plan import plan_population
 from pyrocell.infer.raw_summary import summarise_comparisons
 from pyrocell.infer.scale_sampler import DifferentialOptions
-from tests.infer.test_population import CALLED, RATIO, moments_of
+from tests.infer.test_population import CALLED, RATIO, Study, moments_of
 
 # ------------------------------------------------------------------------------------------- strata that are cut
 
@@ -77,3 +79,85 @@ def test_cells_that_stand_for_one_each_are_plain_sums():
     assert isinstance(plain, StratumMoments)
     np.testing.assert_allclose(plain.inflation, 1.0)
     np.testing.assert_array_equal(plain.n, plain.n_seen)
+
+
+# ------------------------------------------------------------------------------------------- few counts of a donor
+
+
+def many_donors(scale=RATIO, learned=0.0, seed=1, n_cells=1):
+    """120 donors in each group, one cell of each; the model has nothing of the effects of a quarter of the genes."""
+    effects = np.where(np.arange(150) < 40, np.where(np.arange(150) % 2 == 0, 1.5, -1.5), 0.0)
+    study = Study(
+        n_genes=150,
+        n_donors=120,
+        n_cells=n_cells,
+        effects=effects,
+        donor_sd=0.2,
+        learned=learned,
+        seed=seed,
+    )
+    return study, study.table(sample_key="unit", relative_to="total", scale=scale)
+
+
+@pytest.mark.parametrize("learned", [0.0, 1.0], ids=["model knows nothing", "model is right"])
+def test_many_donors_of_one_cell_each_are_not_drawn_to_the_model(learned):
+    study, table = many_donors(learned=learned)
+    changed = study.effects != 0
+    covered = (table["lfc_low"] <= study.effects) & (study.effects <= table["lfc_high"])
+    slope = np.polyfit(study.effects[changed], table["lfc_estimate"][changed], 1)[0]
+    assert 0.92 <= slope <= 1.08, slope
+    assert covered[changed].mean() >= 0.8 and table[CALLED][changed].mean() >= 0.9
+    assert table[CALLED][~changed].sum() <= 4
+
+
+@pytest.mark.parametrize("scale", [Scale("difference"), Scale("log2_ratio", 1.0)], ids=str)
+def test_levels_of_such_donors_are_not_drawn_either(scale):
+    study, table = many_donors(scale)
+    prefix = "effect" if scale.effect == "difference" else "lfc"
+    first = (study.obs["group"] == "A").to_numpy()
+    size = study.library
+    seen = [(study.counts[side].sum(0) / size[side].sum()) for side in (first, ~first)]
+    if scale.effect == "difference":
+        changed = study.effects != 0
+        truth = (seen[0] - seen[1])[changed]
+        slope = np.polyfit(truth, table[f"{prefix}_estimate"][changed], 1)[0]
+        assert 0.9 <= slope <= 1.1, slope
+    assert table[CALLED][study.effects != 0].mean() > 0.8
+    assert table[CALLED][study.effects == 0].sum() <= 7
+
+
+# ------------------------------------------------------------------------------------------- one odd donor
+
+
+def with_odd_genes(n_donors, n_cells, *, model_knows):
+    """Of the first four genes, one donor alone has counts; of the next four, all donors of the first group."""
+    study = Study(n_genes=150, n_donors=n_donors, n_cells=n_cells, donor_sd=0.3, seed=3)
+    donors = study.obs["unit"].str[1:].astype(int).to_numpy()
+    rng = np.random.default_rng(0)
+    for gene in range(8):
+        has_it = donors == gene % n_donors if gene < 4 else donors < n_donors
+        level = 3.0 * rng.lognormal(0.0, 0.3, 2 * n_donors)[donors]
+        study.counts[:, gene] = np.where(has_it, rng.poisson(level), 0.0)
+        known = np.where(has_it, 3.0, 0.001) if model_knows else np.full(len(donors), 3.0 * has_it.mean())
+        study.quantity[:, gene] = known
+        study.expected[:, gene] = known * study.library[:, 0]
+    return study
+
+
+@pytest.mark.parametrize("model_knows", [False, True], ids=["unknown", "known"])
+@pytest.mark.parametrize(("n_donors", "n_cells"), [(4, 40), (8, 20), (15, 12)], ids=str)
+@pytest.mark.parametrize("scale", [RATIO, Scale("difference")], ids=["ratio", "difference"])
+def test_a_gene_of_one_donor_is_no_difference_of_groups(n_donors, n_cells, model_knows, scale):
+    study = with_odd_genes(n_donors, n_cells, model_knows=model_knows)
+    table = study.table(sample_key="unit", scale=scale)
+    assert not table[CALLED].iloc[:4].any()
+    assert (table["lfsr"].iloc[:4] > 0.9).all()
+    assert table[CALLED].iloc[4:8].sum() >= 2
+
+
+def test_without_caution_one_donor_is_almost_a_difference(monkeypatch):
+    monkeypatch.setattr(
+        "pyrocell.infer.replicates._caution", lambda fitted, evidence, *_: np.ones_like(evidence.centre)
+    )
+    table = with_odd_genes(4, 40, model_knows=True).table(sample_key="unit")
+    assert (table["lfsr"].iloc[:4] < 0.7).all()
