@@ -93,13 +93,15 @@ class MomentSums:
         """Add a block: the stratum of each cell ``(B,)``, and the three values, ``(B, n_features)`` each."""
         present, codes = np.unique(codes, return_inverse=True)
         self.n[present] += np.bincount(codes)
-        device = values[0].device
-        chooser = torch.zeros((len(present), len(codes)), device=device)
+        # in double precision: variances of large values are small differences; a device without it leaves it to the CPU
+        device = torch.device("cpu") if values[0].device.type == "mps" else values[0].device
+        values = [value.to(device).double() for value in values]
+        chooser = torch.zeros((len(present), len(codes)), device=device, dtype=torch.float64)
         chooser[torch.as_tensor(codes, device=device), torch.arange(len(codes), device=device)] = 1.0
         for index, value in enumerate(values):
-            self.sums[index, present] += (chooser @ value).cpu().double().numpy()
+            self.sums[index, present] += (chooser @ value).cpu().numpy()
         for index, (one, two) in enumerate(_PAIRS):
-            self.products[index, present] += (chooser @ (values[one] * values[two])).cpu().double().numpy()
+            self.products[index, present] += (chooser @ (values[one] * values[two])).cpu().numpy()
 
     def result(self, feature_names: Sequence[str]) -> StratumMoments:
         """Return the sums; raise if some are not finite."""
