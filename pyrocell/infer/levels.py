@@ -10,13 +10,19 @@ import numpy as np
 
 from pyrocell.infer.moments import StratumMoments
 
-__all__ = ["Levels", "Scale", "corrected_levels"]
+__all__ = ["Correction", "Levels", "Scale", "corrected_levels"]
+
+Correction = Literal["ratio", "shift", "excess"]
+"""How counts correct the model's mean."""
 
 PRIOR_COUNT = 0.5
 """Counts, at the rate that the model expects, that the prior of the correction is worth."""
 
 BORROWED = 10.0
 """Observations that what is common to similar features is worth, when the dispersion of one is estimated."""
+
+_ROUNDING = 1e-13
+"""Variances that are less than this part of the mean square are rounding errors."""
 
 _FEATURES_A_BIN, _MOST_BINS = 20, 20
 
@@ -83,7 +89,7 @@ class Levels:
     exposure: np.ndarray
     dispersion: np.ndarray
     total: np.ndarray
-    by: Literal["ratio", "shift"] = "ratio"
+    by: Correction = "ratio"
 
     def among(self, chosen: np.ndarray) -> Levels:
         """Return the levels of some features."""
@@ -100,14 +106,16 @@ def corrected_levels(
     moments: StratumMoments,
     sets: Sequence[Sequence[int]],
     *,
-    by: Literal["ratio", "shift"],
+    by: Correction,
     prior: float | np.ndarray = PRIOR_COUNT,
+    bound: float = np.inf,
 ) -> Levels:
     """Correct the model's mean in each set of cells by the counts.
 
     By ``"ratio"``, the level is the model's mean times (a + counted) / (a + expected): the posterior mean of a factor
     with a Gamma(a, a) prior, of which counts are Poisson with the model's expectation as offset. By ``"shift"``, for
-    values that may be negative, it is the mean plus the mean of observed minus expected.
+    values that may be negative, it is the mean plus the mean of observed minus expected. By ``"excess"``, for one part
+    of what is counted (proteins over a background), it is the same, and at least half a count in all cells.
 
     Parameters
     ----------
@@ -119,6 +127,8 @@ def corrected_levels(
         Kind of correction.
     prior
         Counts a of the prior, of all sets or of each, shape ``(n_sets,)``: replicates share those of their side.
+    bound
+        Largest value that the quantity can have: levels end there, their errors do not.
 
     Returns
     -------
@@ -134,14 +144,10 @@ def corrected_levels(
     that of the estimated total.
     """
     united = moments.united(sets)
-    n, seen, (counted, expected, quantity) = united.n[:, None], united.n_seen[:, None], united.sums
+    n, (counted, expected, quantity) = united.n[:, None], united.sums
     model = quantity / n
-    if by == "shift":
-        one = np.ones_like(model)
-        level = model + (counted - expected) / n
-        variance = united.weighted(one, -one, one) / n**2 - level**2 / n
-        variance = np.maximum(variance, 1e-12) * seen / np.maximum(seen - 1, 1)
-        return Levels(model, level, variance, one, one, variance, np.abs(counted), "shift")
+    if by != "ratio":
+        return _shifted(united, by, bound)
     inflation, prior = united.inflation, np.reshape(prior, (-1, 1))
     counted, expected = counted / inflation + prior, expected / inflation + prior
     safe = np.maximum(quantity, np.finfo(np.float64).tiny)
@@ -152,8 +158,32 @@ def corrected_levels(
     exposure = expected / np.maximum(model, np.finfo(np.float64).tiny)
     level = counted / exposure
     return Levels(
-        model, level, level**2 * dispersion / counted, counted, exposure, dispersion, united.sums[0]
+        model,
+        np.minimum(level, bound),
+        level**2 * dispersion / counted,
+        counted,
+        exposure,
+        dispersion,
+        united.sums[0],
     )
+
+
+def _shifted(united: StratumMoments, by: Correction, bound: float) -> Levels:
+    """Levels of values to which what the model missed is added."""
+    n, seen = united.n[:, None], united.n_seen[:, None]
+    counted, expected, quantity = united.sums
+    one = np.ones_like(quantity)
+    level = (quantity + counted - expected) / n
+    square = united.weighted(one, -one, one) / n**2
+    variance = square - level**2 / n
+    variance = np.where(variance > _ROUNDING * square, variance, 0.0)
+    freedom = np.maximum(seen - 1.0, 0.0)
+    own = variance * seen**2 / np.maximum(freedom, 1.0)  # of one cell
+    pooled = (freedom * own).sum(axis=0) / np.maximum(freedom.sum(), 1.0)
+    variance = (freedom * own + BORROWED * pooled) / (freedom + BORROWED) / seen
+    if by == "excess":
+        level = np.maximum(level, PRIOR_COUNT / n)
+    return Levels(quantity / n, np.minimum(level, bound), variance, one, one, variance, np.abs(counted), by)
 
 
 def _dispersion(own: np.ndarray, united: StratumMoments) -> np.ndarray:

@@ -18,7 +18,8 @@ LARGEST_SPREAD, N_SPREADS = 10.0, 16
 number of replicates."""
 
 RELATIVE_SPREADS = np.append(0.0, np.geomspace(1e-2, 1e4, 16))
-"""The same for differences: variances between replicates over the mean variance within."""
+"""The same for differences: variances between replicates over the mean variance within, or over a thousandth of the
+variance seen between them, if that is more."""
 
 SMOOTHING = 10.0
 """Features' worth of prior belief that all spreads are as likely."""
@@ -105,15 +106,18 @@ def replicate_evidence(
     ReplicateEvidence
         Base 2 for log ratios.
     """
-    if scale.is_bare_ratio:
+    if scale.is_bare_ratio and levels.by == "ratio":
         largest = max(LARGEST_SPREAD, float(len(design)))  # of D values one alone of which is not zero: D - 1
         spreads = np.append(0.0, np.geomspace(1e-4, largest, N_SPREADS))
         return _over_spreads(_Counts(levels, design), spreads, contrast, LN2)
     expected, variance = levels.level, levels.variance
     if levels.by == "ratio":
         expected, variance = _as_designed(levels, design)
+    elif levels.by == "excess":
+        plain = design @ np.linalg.lstsq(design, levels.level, rcond=None)[0]
+        expected = np.maximum(plain, 0.05 * levels.level.mean(axis=0))
     within = variance * scale.slope(expected) ** 2
-    return linear_evidence(scale.of(levels.level), np.maximum(within, 1e-12), design, contrast)
+    return linear_evidence(scale.of(levels.level), within, design, contrast)
 
 
 def linear_evidence(
@@ -128,8 +132,14 @@ def linear_evidence(
     design, contrast
         As in `replicate_evidence`.
     """
-    fitted = _Values(response, within, within.mean(axis=0), design)
-    return _over_spreads(fitted, RELATIVE_SPREADS, contrast, 1.0)
+    rest = response - design @ np.linalg.lstsq(design, response, rcond=None)[0]
+    between = (rest**2).sum(axis=0) / max(len(design) - design.shape[1], 1)
+    # the widest spread is 1e4 units: at least ten times what is seen between replicates
+    unit = np.maximum(within.mean(axis=0), 1e-3 * between)
+    unit = np.maximum(unit, 1e-12 * (response**2).mean(axis=0) + np.finfo(np.float64).tiny ** 0.5)
+    return _over_spreads(
+        _Values(response, np.maximum(within, 1e-6 * unit), unit, design), RELATIVE_SPREADS, contrast, 1.0
+    )
 
 
 class _Fitted(Protocol):

@@ -54,7 +54,7 @@ def test_no_type_differs_between_samples_of_one_kind():
 
 
 def unequal(share, seed, n=10, sizes=(300, 4000), factor=1.0):
-    """Samples of the first set have few cells; the share of the first type is given, times a factor in the first set."""
+    """Samples of the first set have few cells, and a factor on the share of the first type."""
     rng = np.random.default_rng(seed)
     others = rng.lognormal(0.0, 0.5, 11)
     base = np.append(share, (1 - share) * others / others.sum())
@@ -67,7 +67,9 @@ def unequal(share, seed, n=10, sizes=(300, 4000), factor=1.0):
 @pytest.mark.parametrize("n", [4, 10])
 @pytest.mark.parametrize("share", [0.0, 0.0005, 0.001, 0.003])
 def test_samples_of_unequal_size_do_not_make_rare_types_differ(share, n):
-    tables = [share_effects(unequal(share, seed, n), names(12), range(n), range(n, 2 * n)) for seed in range(8)]
+    tables = [
+        share_effects(unequal(share, seed, n), names(12), range(n), range(n, 2 * n)) for seed in range(8)
+    ]
     assert not any(table.loc["t0", CALLED] for table in tables)
     rare = [table.loc["t0"] for table in tables]
     assert all(row["tested"] == (row["n_cells1"] + row["n_cells2"] >= 10) for row in rare)

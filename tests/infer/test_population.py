@@ -84,7 +84,7 @@ class Study:
         )
         moments = moments_of(plan.codes, counts[rows], expected[rows], self.quantity[rows])
         raw = summarise_comparisons([(np.arange(len(obs)), self.counts, None)], comparisons)
-        return PopulationData(self.names, plan, moments, raw, "ratio", obs, "group")
+        return PopulationData(self.names, plan, moments, raw, obs=obs, group_key="group")
 
     def table(self, *, scale=RATIO, delta=0.0, fdr_target=0.05, **choices):
         keys = ("comparisons", "without_counts", "obs")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pyrocell.infer.comparison import compare_groups
-from pyrocell.infer.levels import Scale
+from pyrocell.infer.levels import Scale, corrected_levels
 from pyrocell.infer.moments import StratumMoments
 from pyrocell.infer.population import PopulationData, population_differential
 from pyrocell.infer.population_plan import plan_population
 from pyrocell.infer.raw_summary import summarise_comparisons
+from pyrocell.infer.replicates import linear_evidence
 from pyrocell.infer.scale_sampler import DifferentialOptions
 from tests.infer.test_population import CALLED, RATIO, Study, moments_of
 
@@ -161,3 +163,99 @@ def test_without_caution_one_donor_is_almost_a_difference(monkeypatch):
     )
     table = with_odd_genes(4, 40, model_knows=True).table(sample_key="unit")
     assert (table["lfsr"].iloc[:4] < 0.7).all()
+
+
+# ------------------------------------------------------------------------------------------- differences
+
+
+def two_sides(counted, expected, quantity, scale, *, sample_key=None, **choices):
+    """Compare the first half of the cells with the second; four donors in each."""
+    n, n_features = counted.shape
+    groups = np.repeat(["A", "B"], n // 2)
+    obs = pd.DataFrame({"group": groups, "unit": [f"u{i // (n // 8)}" for i in range(n)]})
+    comparisons = compare_groups(groups, group1="A", group2="B")
+    samples = obs["unit"] if sample_key else None
+    plan = plan_population(comparisons, samples=samples, cells_per_stratum=10**6)
+    rows = plan.rows
+    moments = moments_of(plan.codes, *(table[rows] for table in (counted, expected, quantity)))
+    raw = summarise_comparisons([(np.arange(n), np.abs(counted), None)], comparisons)
+    names = [f"g{i}" for i in range(n_features)]
+    data = PopulationData(names, plan, moments, raw, obs=obs, **choices)
+    options = DifferentialOptions(sample_key=sample_key, relative_to="total")
+    return population_differential(data, scale, options=options).loc[names]
+
+
+def test_large_values_keep_their_variance():
+    values = np.random.default_rng(0).normal(1000.0, 1.0, (2000, 5))
+    zeros = np.zeros_like(values)
+    moments = moments_of(np.zeros(2000, int), values, zeros, zeros, block=500)
+    levels = corrected_levels(moments, [[0]], by="shift")
+    np.testing.assert_allclose(np.sqrt(levels.variance[0]), values.std(0) / np.sqrt(2000), rtol=1e-3)
+
+
+@pytest.mark.parametrize("sample_key", [None, "unit"])
+def test_what_is_constant_is_not_tested(sample_key):
+    values = np.random.default_rng(1).normal(0.0, 1.0, (400, 60))
+    values[:, 3], values[:, 4] = 0.0, 1e4
+    zeros = np.zeros_like(values)
+    table = two_sides(values, zeros, zeros, Scale("difference"), sample_key=sample_key, correct="shift")
+    assert list(table.index[~table["tested"]]) == ["g3", "g4"]
+    assert table[CALLED].sum() == 0
+
+
+@pytest.mark.parametrize("within", [1e-2, 1e-6, 1e-12])
+def test_the_spread_between_replicates_is_reached_whatever_it_is_within(within):
+    values = np.random.default_rng(0).normal(0.0, 1.0, (8, 400))
+    design = np.stack([np.ones(8), np.repeat([1.0, 0.0], 4)], axis=1)
+    found = linear_evidence(values, np.full_like(values, within), design, np.array([0.0, 1.0]))
+    z = found.centre / found.error
+    assert 0.8 < z.std() < 1.2
+    small = linear_evidence(1e-7 * values, np.full_like(values, 1e-14 * within), design, np.array([0.0, 1.0]))
+    np.testing.assert_allclose(small.centre / small.error, z, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sample_key", [None, "unit"])
+def test_probabilities_stay_between_zero_and_one(sample_key):
+    """Cells of the first half have more depth than the model knows."""
+    rng = np.random.default_rng(2)
+    share = np.repeat([0.95, 0.3], 20)
+    depth = np.repeat([0.95, 0.55], 200)[:, None]
+    opened = (rng.random((400, 40)) < share * depth).astype(float)
+    known = np.full_like(opened, 1.0) * share
+    asked = (opened, known * 0.75, known, Scale("difference"))
+    table = two_sides(*asked, sample_key=sample_key, bound=1.0)
+    assert ((table[["scale1", "scale2"]] >= 0) & (table[["scale1", "scale2"]] <= 1)).all(axis=None)
+    assert (table["effect_estimate"].abs() <= 1).all() and (table["effect_error"] > 0.01).all()
+    assert two_sides(*asked, sample_key=sample_key)["scale1"].max() > 1  # without the bound
+
+
+@pytest.mark.parametrize("sample_key", [None, "unit"])
+def test_the_signal_over_a_background_is_right_where_the_model_is_not(sample_key):
+    """Foreground 20 against 10 over a background of 90; the model expects 14 against 10."""
+    rng = np.random.default_rng(3)
+    n, first = 2000, np.repeat([True, False], 1000)[:, None]
+    truth = np.where(np.arange(30) < 10, 20.0, 10.0)
+    donor = rng.lognormal(0.0, 0.02, (8, 30))[np.repeat(np.arange(8), n // 8)] if sample_key else 1.0
+    foreground = np.where(first, truth, 10.0) * donor
+    known = np.where(first, np.where(truth == 20.0, 14.0, 10.0), 10.0) * rng.lognormal(0.0, 0.1, (n, 30))
+    counts = rng.poisson(foreground + 90.0).astype(float)
+    asked = (counts, known + 90.0, known, Scale("log2_ratio", 1.0))
+    table = two_sides(*asked, sample_key=sample_key, correct="excess")
+    effect = np.log2(21 / 11)
+    found = table["lfc_estimate"].iloc[:10]
+    assert found.mean() == pytest.approx(effect, abs=0.07)
+    assert np.sqrt((((found - effect) / table["lfc_error"].iloc[:10]) ** 2).mean()) < 1.6
+    assert table[CALLED].iloc[:10].all() and table[CALLED].iloc[10:].sum() <= 1
+    by_ratio = two_sides(*asked, sample_key=sample_key)["lfc_estimate"].iloc[:10]
+    assert by_ratio.mean() < 0.75 * effect  # the defect: the background is taken for a part of the signal
+    bare = two_sides(*asked[:3], RATIO, sample_key=sample_key, correct="excess")
+    assert bare["lfc_estimate"].iloc[:10].mean() == pytest.approx(1.0, abs=0.08)
+
+
+def test_a_signal_below_its_background_is_not_negative():
+    rng = np.random.default_rng(4)
+    counts, known = rng.poisson(80.0, (400, 20)).astype(float), np.full((400, 20), 5.0)
+    for scale in (RATIO, Scale("log2_ratio", 1.0)):
+        table = two_sides(counts, known + 90.0, known, scale, correct="excess")
+        assert (table["scale1"] > 0).all() and np.isfinite(table["lfc_estimate"]).all()
+        assert table[CALLED].sum() == 0
