@@ -26,11 +26,13 @@ def share_effects(
     samples2: Sequence[int],
     *,
     fdr_target: float = 0.05,
+    min_counts: float = 10.0,
 ) -> pd.DataFrame:
     """Compare the shares of cell types between two sets of samples.
 
     The number of cells of a type in a sample is Poisson, with the number of all its cells as exposure, and a spread
-    between samples that is learned from all types.
+    between samples that is learned from all types. A prior worth half a cell, at the share of the type in all samples,
+    is added to each set.
 
     Parameters
     ----------
@@ -42,6 +44,8 @@ def share_effects(
         Rows of the two sets, at least two each.
     fdr_target
         Expected proportion of false calls.
+    min_counts
+        Cells of a type in both sets together below which it is not tested.
 
     Returns
     -------
@@ -49,7 +53,8 @@ def share_effects(
         One row for each type, the surest first: ``proba_da``, ``lfsr``, ``lfc_mean`` (log2 ratio of shares, positive
         where the first set has more) with ``lfc_std``, ``lfc_low`` and ``lfc_high`` (90 %), ``lfc_estimate`` and
         ``lfc_error`` before the prior, mean shares ``share1`` and ``share2``, ``n_cells1``, ``n_cells2``,
-        ``n_replicates1``, ``n_replicates2``, and ``is_da_fdr_<fdr_target>``.
+        ``n_replicates1``, ``n_replicates2``, ``tested``, and ``is_da_fdr_<fdr_target>``. Effects of types that were
+        not tested are missing.
 
     Raises
     ------
@@ -60,31 +65,46 @@ def share_effects(
     design = _two_sets(samples1, samples2)
     counts = np.asarray(counts, dtype=np.float64)
     rows = counts[[*samples1, *samples2]]
-    total = rows.sum(axis=1, keepdims=True)
-    counted = rows + PRIOR_COUNT
-    exposure = np.broadcast_to(total + PRIOR_COUNT * rows.shape[1], rows.shape)
-    share, one = counted / exposure, np.ones_like(rows)
-    levels = Levels(share, share, share**2 / counted, counted, exposure, one, rows)
-    evidence = replicate_evidence(levels, Scale("log2_ratio"), design, np.array([0.0, 1.0]))
-    found = shrunken_effects(evidence, delta=0.0, mass=0.9)
-    proba, sizes = 1.0 - found.lfsr, (len(samples1), len(samples2))
+    sizes = (len(samples1), len(samples2))
+    tested = (rows.sum(axis=0) > 0) & (rows.sum(axis=0) >= min_counts)
+    found = _effects_of_shares(_share_levels(rows, sizes), design, tested)
+    proba = 1.0 - found["lfsr"]
     sides = [rows[: sizes[0]], rows[sizes[0] :]]
     shares = [(side / np.maximum(side.sum(axis=1, keepdims=True), 1)).mean(axis=0) for side in sides]
     table = {
         "proba_da": proba,
-        "lfsr": found.lfsr,
-        "lfc_mean": found.mean,
-        "lfc_std": found.std,
-        "lfc_low": found.low,
-        "lfc_high": found.high,
-        "lfc_estimate": evidence.centre,
-        "lfc_error": evidence.error,
+        **found,
         **{f"share{i + 1}": shares[i] for i in (0, 1)},
         **{f"n_cells{i + 1}": sides[i].sum(axis=0).astype(int) for i in (0, 1)},
         **{f"n_replicates{i + 1}": np.full(rows.shape[1], sizes[i]) for i in (0, 1)},
-        f"is_da_fdr_{fdr_target}": expected_fdr_calls(proba, fdr_target),
+        "tested": tested,
+        f"is_da_fdr_{fdr_target}": expected_fdr_calls(proba, fdr_target) & tested,
     }
     return pd.DataFrame(table, index=list(names)).sort_values("proba_da", ascending=False, kind="stable")
+
+
+def _share_levels(rows: np.ndarray, sizes: tuple[int, int]) -> Levels:
+    """Shares in each sample, with a prior at the share of the type in all samples, shared by the samples of a set."""
+    total = rows.sum(axis=1, keepdims=True)
+    usual = np.maximum(rows.sum(axis=0), PRIOR_COUNT) / np.maximum(total.sum(), 1.0)
+    prior = PRIOR_COUNT / np.repeat(sizes, sizes)[:, None]
+    counted, exposure = rows + prior, total + prior / usual
+    share, one = counted / exposure, np.ones_like(rows)
+    return Levels(share, share, share**2 / counted, counted, exposure, one, rows)
+
+
+def _effects_of_shares(levels: Levels, design: np.ndarray, tested: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the effects, missing where a type was not tested."""
+    names = ("lfsr", "lfc_mean", "lfc_std", "lfc_low", "lfc_high", "lfc_estimate", "lfc_error")
+    columns = {name: np.full(len(tested), 1.0 if name == "lfsr" else np.nan) for name in names}
+    if not tested.any():
+        return columns
+    evidence = replicate_evidence(levels.among(tested), Scale("log2_ratio"), design, np.array([0.0, 1.0]))
+    found = shrunken_effects(evidence, delta=0.0, mass=0.9)
+    values = (found.lfsr, found.mean, found.std, found.low, found.high, evidence.centre, evidence.error)
+    for name, value in zip(names, values, strict=True):
+        columns[name][tested] = value
+    return columns
 
 
 def density_effects(

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
 
 from pyrocell.infer.moments import StratumMoments
 
-__all__ = ["Levels", "Scale", "corrected_levels"]
+__all__ = ["Correction", "Levels", "Scale", "corrected_levels"]
+
+Correction = Literal["ratio", "shift", "excess"]
+"""How counts correct the model's mean."""
 
 PRIOR_COUNT = 0.5
 """Counts, at the rate that the model expects, that the prior of the correction is worth."""
 
 BORROWED = 10.0
 """Observations that what is common to similar features is worth, when the dispersion of one is estimated."""
+
+_ROUNDING = 1e-13
+"""Variances that are less than this part of the mean square are rounding errors."""
 
 _FEATURES_A_BIN, _MOST_BINS = 20, 20
 
@@ -68,10 +74,12 @@ class Levels:
     variance
         Sampling variance of ``level``.
     counted, exposure, dispersion
-        Of a quantity that is corrected by a ratio: the counts with the prior's share, what they are divided by to
-        give the level, and the variance of the level over that of a Poisson count.
+        Of a quantity that is corrected by a ratio: the effective counts with the prior's share, what they are divided
+        by to give the level, and the variance of the level over that of a Poisson count.
     total
-        What was counted.
+        What was counted, in all cells.
+    by
+        How the model's mean was corrected, as in `corrected_levels`.
     """
 
     model: np.ndarray
@@ -81,20 +89,33 @@ class Levels:
     exposure: np.ndarray
     dispersion: np.ndarray
     total: np.ndarray
+    by: Correction = "ratio"
 
     def among(self, chosen: np.ndarray) -> Levels:
         """Return the levels of some features."""
-        return Levels(*(getattr(self, field.name)[:, chosen] for field in fields(self)))
+        return self.part(np.arange(len(self.level)), chosen)
+
+    def part(self, rows: np.ndarray, features: np.ndarray) -> Levels:
+        """Return the levels of some sets of cells and features."""
+        chosen = np.arange(self.level.shape[0])[rows], np.arange(self.level.shape[1])[features]
+        tables = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "by"}
+        return replace(self, **{name: table[np.ix_(*chosen)] for name, table in tables.items()})
 
 
 def corrected_levels(
-    moments: StratumMoments, sets: Sequence[Sequence[int]], *, by: Literal["ratio", "shift"]
+    moments: StratumMoments,
+    sets: Sequence[Sequence[int]],
+    *,
+    by: Correction,
+    prior: float | np.ndarray = PRIOR_COUNT,
+    bound: float = np.inf,
 ) -> Levels:
     """Correct the model's mean in each set of cells by the counts.
 
     By ``"ratio"``, the level is the model's mean times (a + counted) / (a + expected): the posterior mean of a factor
     with a Gamma(a, a) prior, of which counts are Poisson with the model's expectation as offset. By ``"shift"``, for
-    values that may be negative, it is the mean plus the mean of observed minus expected.
+    values that may be negative, it is the mean plus the mean of observed minus expected. By ``"excess"``, for one part
+    of what is counted (proteins over a background), it is the same, and at least half a count in all cells.
 
     Parameters
     ----------
@@ -104,6 +125,10 @@ def corrected_levels(
         Strata of each set of cells.
     by
         Kind of correction.
+    prior
+        Counts a of the prior, of all sets or of each, shape ``(n_sets,)``: replicates share those of their side.
+    bound
+        Largest value that the quantity can have: levels end there, their errors do not.
 
     Returns
     -------
@@ -115,31 +140,55 @@ def corrected_levels(
     the sum over cells of m / sum(m) - 1 / n + x / (a + sum(x)) - e / (a + sum(e)): its variance is that of the Bayesian
     bootstrap over cells, and counts of zeros and ones give it that of the gamma posterior. The number of counts turns
     it into a dispersion, which is averaged with that of the other sets of cells and of features of similar counts.
+    Where some cells stand for more (their stratum was cut), counts are effective ones: those whose Poisson variance is
+    that of the estimated total.
     """
     united = moments.united(sets)
     n, (counted, expected, quantity) = united.n[:, None], united.sums
     model = quantity / n
-    if by == "shift":
-        one = np.ones_like(model)
-        level = model + (counted - expected) / n
-        variance = united.weighted(one, -one, one) / n**2 - level**2 / n
-        variance = np.maximum(variance, 1e-12) * n / np.maximum(n - 1, 1)
-        return Levels(model, level, variance, one, one, variance, np.abs(counted))
-    counted, expected = counted + PRIOR_COUNT, expected + PRIOR_COUNT
+    if by != "ratio":
+        return _shifted(united, by, bound)
+    inflation, prior = united.inflation, np.reshape(prior, (-1, 1))
+    counted, expected = counted / inflation + prior, expected / inflation + prior
     safe = np.maximum(quantity, np.finfo(np.float64).tiny)
-    departure = (united.sums[0] / counted - united.sums[1] / expected) / n
-    relative = united.weighted(1.0 / counted, -1.0 / expected, 1.0 / safe) - 1.0 / n - 2.0 * departure
+    counts, model_counts = inflation * counted, inflation * expected
+    departure = (united.sums[0] / counts - united.sums[1] / model_counts) / n
+    relative = united.weighted(1.0 / counts, -1.0 / model_counts, 1.0 / safe) - 1.0 / n - 2.0 * departure
     dispersion = _dispersion(np.maximum(relative, 0.0) * counted, united)
     exposure = expected / np.maximum(model, np.finfo(np.float64).tiny)
     level = counted / exposure
     return Levels(
-        model, level, level**2 * dispersion / counted, counted, exposure, dispersion, united.sums[0]
+        model,
+        np.minimum(level, bound),
+        level**2 * dispersion / counted,
+        counted,
+        exposure,
+        dispersion,
+        united.sums[0],
     )
+
+
+def _shifted(united: StratumMoments, by: Correction, bound: float) -> Levels:
+    """Levels of values to which what the model missed is added."""
+    n, seen = united.n[:, None], united.n_seen[:, None]
+    counted, expected, quantity = united.sums
+    one = np.ones_like(quantity)
+    level = (quantity + counted - expected) / n
+    square = united.weighted(one, -one, one) / n**2
+    variance = square - level**2 / n
+    variance = np.where(variance > _ROUNDING * square, variance, 0.0)
+    freedom = np.maximum(seen - 1.0, 0.0)
+    own = variance * seen**2 / np.maximum(freedom, 1.0)  # of one cell
+    pooled = (freedom * own).sum(axis=0) / np.maximum(freedom.sum(), 1.0)
+    variance = (freedom * own + BORROWED * pooled) / (freedom + BORROWED) / seen
+    if by == "excess":
+        level = np.maximum(level, PRIOR_COUNT / n)
+    return Levels(quantity / n, np.minimum(level, bound), variance, one, one, variance, np.abs(counted), by)
 
 
 def _dispersion(own: np.ndarray, united: StratumMoments) -> np.ndarray:
     """Average the dispersion of each set of cells with that of all sets, and of features with similar counts."""
-    n, total = united.n[:, None], united.sums[0]
+    n, total = united.n_seen[:, None], united.sums[0] / united.inflation
     own = own * n / np.maximum(n - 1.0, 1.0)
     is_counted = (total.sum(axis=0) > 0) | (united.sums[1].sum(axis=0) > 0)
     weight = np.where(is_counted, np.minimum(total, n - 1.0), n - 1.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from pyrocell.infer.decisions import (
     least_effect,
 )
 from pyrocell.infer.designs import Design, replicate_design
-from pyrocell.infer.levels import Levels, Scale, corrected_levels
+from pyrocell.infer.levels import PRIOR_COUNT, Correction, Levels, Scale, corrected_levels
 from pyrocell.infer.moments import StratumMoments
 from pyrocell.infer.population_plan import PopulationPlan
 from pyrocell.infer.raw_summary import RawSummary
@@ -54,7 +53,9 @@ class PopulationData:
     raw
         Sums of the observed values of both sides of each comparison.
     correct
-        ``"ratio"`` for values of at least 0, ``"shift"`` for others.
+        ``"ratio"`` for values of at least 0, ``"excess"`` for a part of what is counted, ``"shift"`` for others.
+    bound
+        Largest value that the quantity can have.
     obs
         Table of the cells, which a formula reads.
     group_key
@@ -65,7 +66,8 @@ class PopulationData:
     plan: PopulationPlan
     moments: StratumMoments
     raw: Sequence[tuple[RawSummary, RawSummary]]
-    correct: Literal["ratio", "shift"] = "ratio"
+    correct: Correction = "ratio"
+    bound: float = np.inf
     obs: pd.DataFrame | None = None
     group_key: str = "group"
 
@@ -117,9 +119,9 @@ def _one(
 ) -> Columns:
     """All columns of one comparison, each of shape ``(n_features,)``."""
     contrast = data.plan.contrasts[index]
-    pooled = corrected_levels(data.moments, contrast.sides, by=data.correct)
+    pooled = corrected_levels(data.moments, contrast.sides, by=data.correct, bound=data.bound)
     design = replicate_design(contrast, data.plan, data.obs, options, group_key=data.group_key)
-    tested = pooled.total.sum(axis=0) >= options.min_counts if data.correct == "ratio" else _varies(pooled)
+    tested = pooled.total.sum(axis=0) >= options.min_counts if data.correct != "shift" else _varies(pooled)
     if not data.moments.sums[:2].any():
         tested = _varies(pooled)  # a model without a likelihood has no counts to go by
     sign = -1.0 if contrast.flipped else 1.0
@@ -129,7 +131,7 @@ def _one(
         evidence = _evidence(data, pooled, design, scale, tested)
         found = _effects(evidence, tested, sign, _offset(evidence, scale, options), delta, options)
     order = [1, 0] if contrast.flipped else [0, 1]
-    sizes = [data.moments.n[list(contrast.sides[side])].sum() for side in order]
+    sizes = [np.rint(data.moments.n[list(contrast.sides[side])].sum()) for side in order]
     entering = [] if design is None else design.units
     replicates = [len({unit.sample for unit in entering if unit.side == side}) for side in order]
     model, level = scale.of(pooled.model), pooled.level[order]
@@ -164,7 +166,14 @@ def _evidence(
 ) -> Evidence:
     """Likelihood of the effect of each tested feature, first side of the contrast against the second."""
     if design is not None:
-        levels = corrected_levels(data.moments, [unit.strata for unit in design.units], by=data.correct)
+        sides = np.array([unit.side for unit in design.units])
+        levels = corrected_levels(
+            data.moments,
+            [unit.strata for unit in design.units],
+            by=data.correct,
+            prior=PRIOR_COUNT / np.bincount(sides)[sides],
+            bound=data.bound,
+        )
         return replicate_evidence(levels.among(tested), scale, design.matrix, design.contrast)
     levels = pooled.among(tested)
     if scale.is_bare_ratio and data.correct == "ratio":
@@ -172,7 +181,7 @@ def _evidence(
         return CountEvidence(counts[0], counts[1], exposures[0], exposures[1])
     value = scale.of(levels.level)
     error = np.sqrt((levels.variance * scale.slope(levels.level) ** 2).sum(axis=0))
-    return NormalEvidence(value[0] - value[1], np.maximum(error, 1e-9))
+    return NormalEvidence(value[0] - value[1], np.maximum(error, 1e-6 * np.median(error) + 1e-100))
 
 
 def _offset(evidence: Evidence, scale: Scale, options: DifferentialOptions) -> float:

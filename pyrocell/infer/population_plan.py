@@ -67,6 +67,8 @@ class PopulationPlan:
         Stratum of each, shape ``(n_rows,)``.
     n_strata
         How many there are.
+    weights
+        How many cells of its stratum each of these stands for, shape ``(n_strata,)``.
     contrasts
         The comparisons.
     """
@@ -74,6 +76,7 @@ class PopulationPlan:
     rows: np.ndarray
     codes: np.ndarray
     n_strata: int
+    weights: np.ndarray
     contrasts: list[PopulationContrast]
 
 
@@ -122,7 +125,10 @@ def plan_population(
     codes = np.repeat(np.arange(len(chosen)), [len(part) for part in chosen])
     order = np.argsort(rows, kind="stable")
     contrasts = [_contrast(one, parts.made_of, position, names) for one in comparisons]
-    return PopulationPlan(rows[order], codes[order], len(strata), contrasts)
+    weights = np.array(
+        [len(all_rows) / len(part) for all_rows, part in zip(strata.values(), chosen, strict=True)]
+    )
+    return PopulationPlan(rows[order], codes[order], len(strata), weights, contrasts)
 
 
 def _require_apart(comparison: Comparison) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -14,16 +13,21 @@ __all__ = ["ReplicateEvidence", "linear_evidence", "replicate_evidence"]
 
 LN2 = float(np.log(2.0))
 
-SPREADS = np.append(0.0, np.geomspace(1e-4, 10.0, 16))
-"""Squared coefficients of variation between replicates that are considered, for log ratios."""
+LARGEST_SPREAD, N_SPREADS = 10.0, 16
+"""Squared coefficients of variation between replicates that are considered, for log ratios: 0, and 1e-4 to this or the
+number of replicates."""
 
 RELATIVE_SPREADS = np.append(0.0, np.geomspace(1e-2, 1e4, 16))
-"""The same for differences: variances between replicates over the mean variance within."""
+"""The same for differences: variances between replicates over the mean variance within, or over a thousandth of the
+variance seen between them, if that is more."""
 
 SMOOTHING = 10.0
 """Features' worth of prior belief that all spreads are as likely."""
 
-_N_STEPS = 12
+FEWEST_TO_LEAVE_OUT = 3
+"""Degrees of freedom from which on it is seen what one replicate does to the estimate."""
+
+_N_STEPS = 25
 _LARGEST_STEP = 3.0
 
 Fit = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -84,7 +88,7 @@ def replicate_evidence(
     ``dispersion / mean + spread``; otherwise levels, on their scale, have the variance within the replicate plus a
     spread. The spread between replicates differs from feature to feature. How it is spread over features is learned
     from all of them by restricted likelihood, and each feature averages over it: with few replicates, the tails are
-    those of what is not known of the spread.
+    those of what is not known of the spread. And no error is less than what one replicate alone moves the estimate.
 
     Parameters
     ----------
@@ -102,10 +106,18 @@ def replicate_evidence(
     ReplicateEvidence
         Base 2 for log ratios.
     """
-    if scale.is_bare_ratio:
-        return _over_spreads(SPREADS, partial(_log_linear, levels, design), contrast, LN2)
-    within = levels.variance * scale.slope(levels.level) ** 2
-    return linear_evidence(scale.of(levels.level), np.maximum(within, 1e-12), design, contrast)
+    if scale.is_bare_ratio and levels.by == "ratio":
+        largest = max(LARGEST_SPREAD, float(len(design)))  # of D values one alone of which is not zero: D - 1
+        spreads = np.append(0.0, np.geomspace(1e-4, largest, N_SPREADS))
+        return _over_spreads(_Counts(levels, design), spreads, contrast, LN2)
+    expected, variance = levels.level, levels.variance
+    if levels.by == "ratio":
+        expected, variance = _as_designed(levels, design)
+    elif levels.by == "excess":
+        plain = design @ np.linalg.lstsq(design, levels.level, rcond=None)[0]
+        expected = np.maximum(plain, 0.05 * levels.level.mean(axis=0))
+    within = variance * scale.slope(expected) ** 2
+    return linear_evidence(scale.of(levels.level), within, design, contrast)
 
 
 def linear_evidence(
@@ -120,48 +132,132 @@ def linear_evidence(
     design, contrast
         As in `replicate_evidence`.
     """
-    return _over_spreads(RELATIVE_SPREADS, partial(_linear, response, within, design), contrast, 1.0)
+    rest = response - design @ np.linalg.lstsq(design, response, rcond=None)[0]
+    between = (rest**2).sum(axis=0) / max(len(design) - design.shape[1], 1)
+    # the widest spread is 1e4 units: at least ten times what is seen between replicates
+    unit = np.maximum(within.mean(axis=0), 1e-3 * between)
+    unit = np.maximum(unit, 1e-12 * (response**2).mean(axis=0) + np.finfo(np.float64).tiny ** 0.5)
+    return _over_spreads(
+        _Values(response, np.maximum(within, 1e-6 * unit), unit, design), RELATIVE_SPREADS, contrast, 1.0
+    )
+
+
+class _Fitted(Protocol):
+    """Values of replicates, of which the means are fitted given the spread between replicates."""
+
+    @property
+    def design(self) -> np.ndarray:
+        """Design, shape ``(n_replicates, n_coefficients)``."""
+
+    def fit(self, spread: np.ndarray) -> Fit:
+        """Fit at a spread, that of all features or of each."""
+
+    def part(self, rows: np.ndarray, features: np.ndarray) -> _Fitted:
+        """Return some replicates and features."""
 
 
 def _over_spreads(
-    spreads: np.ndarray, fit: Callable[[float], Fit], contrast: np.ndarray, unit: float
+    fitted: _Fitted, spreads: np.ndarray, contrast: np.ndarray, unit: float
 ) -> ReplicateEvidence:
     """Fit at each spread, and weigh the spreads."""
-    fits = [fit(spread) for spread in spreads]
+    fits = [fitted.fit(spread) for spread in spreads]
     weights = _posterior_of_spread(np.stack([found[1] for found in fits], axis=1)).T
     estimates = np.stack([found[0] @ contrast for found in fits])
     errors = np.stack([np.sqrt(np.einsum("p,gpq,q->g", contrast, found[2], contrast)) for found in fits])
-    return ReplicateEvidence(estimates / unit, errors / unit, weights)
+    evidence = ReplicateEvidence(estimates, errors, weights)
+    widened = errors * _caution(fitted, evidence, spreads, contrast)
+    return ReplicateEvidence(estimates / unit, widened / unit, weights)
 
 
-def _log_linear(levels: Levels, design: np.ndarray, spread: float) -> Fit:
-    """Fit counts by scoring."""
-    response = np.log(levels.counted) - np.log(levels.exposure)
-    coefficients = _solve(levels.counted / levels.dispersion, design, response)[0]
-    for _ in range(_N_STEPS):
-        departure, weight = _working(levels, design, coefficients, spread)
-        step = _solve(weight, design, departure)[0]
-        largest = np.abs(step).max(axis=1, keepdims=True)
-        coefficients = coefficients + step * np.minimum(1.0, _LARGEST_STEP / np.maximum(largest, 1e-12))
-        if largest.max() < 1e-6:
-            break
-    departure, weight = _working(levels, design, coefficients, spread)
-    return coefficients, *_restricted(weight, design, departure)
+def _caution(
+    fitted: _Fitted, evidence: ReplicateEvidence, spreads: np.ndarray, contrast: np.ndarray
+) -> np.ndarray:
+    """Factors of the errors, at least 1, so that no error is less than what one replicate alone moves the estimate.
+
+    A feature that one replicate alone has is no evidence of a difference between groups, whatever curve its values are
+    taken to follow. Estimates smaller than their errors are left as they are.
+    """
+    n, p = fitted.design.shape
+    factor = np.ones_like(evidence.centre)
+    doubtful = np.flatnonzero(np.abs(evidence.centre) > evidence.error)
+    if n - p < FEWEST_TO_LEAVE_OUT or not len(doubtful):
+        return factor
+    spread = (evidence.weights * spreads[:, None]).sum(axis=0)[doubtful]
+    every = np.arange(n)
+    whole = fitted.part(every, doubtful).fit(spread)[0] @ contrast
+    moved = np.zeros(len(doubtful))
+    for left_out in every:
+        rows = np.delete(every, left_out)
+        if np.linalg.matrix_rank(fitted.design[rows]) == p:
+            estimate = fitted.part(rows, doubtful).fit(spread)[0] @ contrast
+            moved = np.maximum(moved, np.abs(estimate - whole))
+    factor[doubtful] = np.maximum(1.0, moved / evidence.error[doubtful])
+    return factor
 
 
-def _working(
-    levels: Levels, design: np.ndarray, coefficients: np.ndarray, spread: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Relative residuals, and their precisions."""
-    mean = np.exp(np.clip(design @ coefficients.T, -300, 300)) * levels.exposure
-    return levels.counted / mean - 1.0, 1.0 / (levels.dispersion / mean + spread)
+@dataclass(frozen=True)
+class _Counts:
+    """Counts whose logarithm of the mean is linear."""
+
+    levels: Levels
+    design: np.ndarray
+
+    def part(self, rows: np.ndarray, features: np.ndarray) -> _Counts:
+        return _Counts(self.levels.part(rows, features), self.design[rows])
+
+    def fit(self, spread: np.ndarray) -> Fit:
+        """Fit by scoring."""
+        coefficients = self._start()
+        for _ in range(_N_STEPS):
+            departure, weight = self._working(coefficients, spread)
+            step = _solve(weight, self.design, departure)[0]
+            largest = np.abs(step).max(axis=1, keepdims=True)
+            coefficients = coefficients + step * np.minimum(1.0, _LARGEST_STEP / np.maximum(largest, 1e-12))
+            if largest.max() < 1e-6:
+                break
+        departure, weight = self._working(coefficients, spread)
+        return coefficients, *_restricted(weight, self.design, departure)
+
+    def _start(self) -> np.ndarray:
+        """Fit logarithms of levels, each drawn to that of all by half a count."""
+        counted, exposure = self.levels.counted, self.levels.exposure
+        usual = counted.sum(axis=0) / exposure.sum(axis=0)
+        response = np.log(counted + 0.5) - np.log(exposure + 0.5 / usual)
+        return _solve((counted + 0.5) / self.levels.dispersion, self.design, response)[0]
+
+    def _working(self, coefficients: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Relative residuals, and their precisions."""
+        mean = np.exp(np.clip(self.design @ coefficients.T, -300, 300)) * self.levels.exposure
+        return self.levels.counted / mean - 1.0, 1.0 / (self.levels.dispersion / mean + spread)
 
 
-def _linear(response: np.ndarray, within: np.ndarray, design: np.ndarray, spread: float) -> Fit:
-    """Fit levels by weighted least squares."""
-    weight = 1.0 / (within + spread * within.mean(axis=0))
-    coefficients = _solve(weight, design, response)[0]
-    return coefficients, *_restricted(weight, design, response - design @ coefficients.T)
+@dataclass(frozen=True)
+class _Values:
+    """Values whose mean is linear, with their variances within replicates, and the unit of the spread between them."""
+
+    response: np.ndarray
+    within: np.ndarray
+    unit: np.ndarray
+    design: np.ndarray
+
+    def part(self, rows: np.ndarray, features: np.ndarray) -> _Values:
+        chosen = np.ix_(rows, features)
+        return _Values(self.response[chosen], self.within[chosen], self.unit[features], self.design[rows])
+
+    def fit(self, spread: np.ndarray) -> Fit:
+        """Fit by weighted least squares."""
+        weight = 1.0 / (self.within + spread * self.unit)
+        coefficients = _solve(weight, self.design, self.response)[0]
+        return coefficients, *_restricted(weight, self.design, self.response - self.design @ coefficients.T)
+
+
+def _as_designed(levels: Levels, design: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Levels as the design has them, and their variances there: a zero is not more certain than other counts."""
+    precision = levels.exposure / levels.dispersion
+    fitted = design @ _solve(precision, design, levels.level)[0].T
+    usual = (precision * levels.level).sum(axis=0) / precision.sum(axis=0)
+    fitted = np.maximum(fitted, 0.05 * usual)
+    return fitted, fitted / precision
 
 
 def _restricted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,10 @@ import pandas as pd
 import torch
 
 from pyrocell.data import Cells
-from pyrocell.errors import QueryError
+from pyrocell.errors import DataError, QueryError
 from pyrocell.infer.comparison import Comparison
 from pyrocell.infer.draws import SiteDraws
-from pyrocell.infer.levels import Scale
+from pyrocell.infer.levels import Correction, Scale
 from pyrocell.infer.moments import MomentSums, StratumMoments
 from pyrocell.infer.population import PopulationData, population_differential
 from pyrocell.infer.population_plan import PopulationPlan, plan_population
@@ -63,6 +64,7 @@ def population_tables(
     warn_if_confounded(question, comparisons, samples, group_key=group_key, corrected=corrected)
     effect = options.effect or asked.effect
     tables = {}
+    _refuse_ratios(model, effect)
     for site, field in sites.items():
         moments = population_moments(
             question.over(field), model, site, plan, batches=asked.batches, seed=options.seed
@@ -72,7 +74,8 @@ def population_tables(
             plan,
             moments,
             raw_summaries(question, comparisons),
-            "shift" if model.expression_effect == "difference" else "ratio",
+            _correction(model, site),
+            1.0 if site == model.accessibility_site else math.inf,
             obs,
             group_key,
         )
@@ -87,6 +90,22 @@ def population_tables(
             options=options,
         )
     return tables
+
+
+def _correction(model: Comparisons, site: str) -> Correction:
+    """How counts correct a site: proteins are counted over a background, which is no part of them."""
+    if site == model.protein_site and model.background_site is not None:
+        return "excess"
+    return "shift" if model.expression_effect == "difference" else "ratio"
+
+
+def _refuse_ratios(model: Comparisons, effect: str) -> None:
+    """Refuse ratios of values of any sign."""
+    if effect == "log2_ratio" and model.expression_effect == "difference":
+        raise DataError(
+            f"The values that {type(model).__name__} expects may be negative; expected positive values for a ratio. "
+            'Use effect="difference".'
+        )
 
 
 def _refuse_draws(options: DifferentialOptions) -> None:
@@ -143,7 +162,7 @@ def population_moments(
     )
     observed = {field: name for name, field in model.observed_sites.items()}.get(question.field)
     sites = [site] if observed is None else [site, observed]
-    sums = MomentSums(plan.n_strata, len(question.feature_names))
+    sums = MomentSums(plan.n_strata, len(question.feature_names), plan.weights)
     drawer, size = model.drawer(), max(16, _NUMBERS // (asked.n_features * (1 + len(versions))))
     with model.asking(seed):
         for place, cells in asked.blocks(size):

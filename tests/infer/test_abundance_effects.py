@@ -53,6 +53,47 @@ def test_no_type_differs_between_samples_of_one_kind():
     assert (np.abs(z) > 3).mean() > 0.3
 
 
+def unequal(share, seed, n=10, sizes=(300, 4000), factor=1.0):
+    """Samples of the first set have few cells, and a factor on the share of the first type."""
+    rng = np.random.default_rng(seed)
+    others = rng.lognormal(0.0, 0.5, 11)
+    base = np.append(share, (1 - share) * others / others.sum())
+    shares = base * np.exp(rng.normal(0.0, 0.2, (2 * n, 12)))
+    shares[:n, 0] *= factor
+    shares /= shares.sum(1, keepdims=True)
+    return np.stack([rng.multinomial(sizes[i // n], row) for i, row in enumerate(shares)])
+
+
+@pytest.mark.parametrize("n", [4, 10])
+@pytest.mark.parametrize("share", [0.0, 0.0005, 0.001, 0.003])
+def test_samples_of_unequal_size_do_not_make_rare_types_differ(share, n):
+    tables = [
+        share_effects(unequal(share, seed, n), names(12), range(n), range(n, 2 * n)) for seed in range(8)
+    ]
+    assert not any(table.loc["t0", CALLED] for table in tables)
+    rare = [table.loc["t0"] for table in tables]
+    assert all(row["tested"] == (row["n_cells1"] + row["n_cells2"] >= 10) for row in rare)
+    if share == 0.0:
+        assert all(np.isnan(row["lfc_mean"]) and row["lfsr"] == 1 and row["proba_da"] == 0 for row in rare)
+    else:  # z-values of what differs in nothing
+        z = [row["lfc_estimate"] / row["lfc_error"] for row in rare if row["tested"]]
+        assert np.mean(np.abs(z)) < 1.3
+
+
+def test_a_rare_type_that_differs_is_found_between_samples_of_unequal_size():
+    rows = [
+        share_effects(unequal(0.01, seed, factor=4.0), names(12), range(10), range(10, 20)).loc["t0"]
+        for seed in range(5)
+    ]
+    assert np.mean([row["lfc_estimate"] for row in rows]) == pytest.approx(2.0, abs=0.3)
+    assert all(row[CALLED] for row in rows)
+
+
+def test_types_of_few_cells_alone_are_not_tested():
+    table = share_effects(np.ones((10, 1)), ["t0"], *SIDES, min_counts=20.0)
+    assert not table["tested"].any() and not table[CALLED].any() and table["lfc_mean"].isna().all()
+
+
 def test_densities_that_differ_between_samples_are_found():
     rng = np.random.default_rng(0)
     truth = np.where(np.arange(400) < 100, 1.5, 0.0)

@@ -23,8 +23,8 @@ CALLED = "is_de_fdr_0.05"
 RATIO = Scale("log2_ratio")
 
 
-def moments_of(codes, *values, block=97):
-    sums = MomentSums(int(codes.max()) + 1, values[0].shape[1])
+def moments_of(codes, *values, block=97, weights=None):
+    sums = MomentSums(int(codes.max()) + 1, values[0].shape[1], weights)
     for start in range(0, len(codes), block):
         rows = slice(start, start + block)
         sums.update(codes[rows], [torch.as_tensor(value[rows], dtype=torch.float32) for value in values])
@@ -84,7 +84,7 @@ class Study:
         )
         moments = moments_of(plan.codes, counts[rows], expected[rows], self.quantity[rows])
         raw = summarise_comparisons([(np.arange(len(obs)), self.counts, None)], comparisons)
-        return PopulationData(self.names, plan, moments, raw, "ratio", obs, "group")
+        return PopulationData(self.names, plan, moments, raw, obs=obs, group_key="group")
 
     def table(self, *, scale=RATIO, delta=0.0, fdr_target=0.05, **choices):
         keys = ("comparisons", "without_counts", "obs")

@@ -10,9 +10,9 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 import pyrocell
-from pyrocell import SCVI, DifferentialOptions
+from pyrocell import PEAKVI, SCVI, TOTALVI, DifferentialOptions
 from pyrocell.data import synthetic_iid
-from pyrocell.errors import PyrocellWarning, QueryError
+from pyrocell.errors import DataError, PyrocellWarning, QueryError
 from pyrocell.infer.moments import MomentSums
 from tests.models.zoo import PoissonFactors
 from tests.multimodal import real_data
@@ -118,6 +118,77 @@ def test_values_that_may_be_negative_are_compared_by_differences():
     assert "effect_mean" in table and not [name for name in table if name.startswith("lfc")]
     tested = table[table["tested"]]
     np.testing.assert_allclose(tested["effect_estimate"], tested["effect_raw"], atol=0.05)
+
+
+def test_ratios_of_values_that_may_be_negative_are_refused():
+    model = fit(planted(100, 20), 1, gene_likelihood="normal")
+    for sample_key in (None, "donor"):
+        with pytest.raises(DataError, match='may be negative.*Use effect="difference"'):
+            ask(model, groupby="stim", group1="yes", effect="log2_ratio", sample_key=sample_key)
+
+
+def open_regions(seed, n_cells=500, n_regions=150):
+    """A fifth of the regions open or close in treated cells; depth varies from cell to cell."""
+    rng = np.random.default_rng(seed)
+    treated = rng.random(n_cells) < 0.5
+    share = np.where(np.arange(n_regions) % 5 == 1, 0.97, rng.uniform(0.15, 0.6, n_regions))
+    effect = np.where(np.arange(n_regions) % 5 == 0, rng.choice([-0.25, 0.3], n_regions), 0.0)
+    first, second = np.clip(share + effect, 0.03, 0.97), share
+    effect = first - second
+    depth = rng.beta(30, 10, n_cells)
+    seen = rng.random((n_cells, n_regions)) < np.where(treated[:, None], first, second) * depth[:, None]
+    obs = pd.DataFrame({"stim": np.where(treated, "yes", "no")}, index=[f"c{i}" for i in range(n_cells)])
+    var = pd.DataFrame({"effect": effect}, index=[f"r{i}" for i in range(n_regions)])
+    return AnnData(sp.csr_matrix(seen.astype(np.float32)), obs=obs, var=var)
+
+
+def test_regions_that_open_are_found_and_probabilities_are_such():
+    n_called = n_false = 0
+    for seed in range(2):
+        adata = open_regions(seed)
+        PEAKVI.setup_anndata(adata)
+        model = PEAKVI(adata, n_hidden=32, n_latent=4)
+        model.train(30)
+        table = model.differential_accessibility(groupby="stim", group1="yes", group2="no")
+        table = table.loc[adata.var_names]
+        truth = adata.var["effect"]
+        assert table[["est_prob1", "est_prob2"]].stack().between(0, 1).all()
+        called, changed = table["is_da_fdr_0.05"], truth != 0
+        n_called, n_false = n_called + called.sum(), n_false + (called & ~changed).sum()
+        assert called[changed].mean() >= 0.6
+        size = np.polyfit(truth[changed], table["effect_estimate"][changed], 1)[0]
+        assert 1.1 <= size <= 1.6, size  # 1 / 0.75: depth and accessibility are told apart up to a factor
+    assert n_false <= 0.15 * n_called, (n_false, n_called)
+
+
+def stained(seed, n_cells=400, n_genes=30, n_proteins=12):
+    """Proteins over a background of 30; three of them have 20 more counts in treated cells."""
+    rng = np.random.default_rng(seed)
+    treated = rng.random(n_cells) < 0.5
+    counts = rng.poisson(rng.lognormal(0.5, 1.0, n_genes), (n_cells, n_genes)).astype(np.float32)
+    signal = 15.0 + np.where(treated[:, None] & (np.arange(n_proteins) < 3), 20.0, 0.0)
+    mean = 30.0 + signal
+    proteins = rng.poisson(rng.gamma(10.0, mean / 10.0)).astype(np.float32)
+    obs = pd.DataFrame({"stim": np.where(treated, "yes", "no")}, index=[f"c{i}" for i in range(n_cells)])
+    adata = AnnData(sp.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(n_genes)]))
+    adata.obsm["proteins"] = pd.DataFrame(
+        proteins, index=adata.obs_names, columns=[f"p{i}" for i in range(n_proteins)]
+    )
+    return adata
+
+
+def test_proteins_differ_by_what_was_counted_beyond_the_background():
+    """A model of one epoch knows nothing of the effect; the ratio would scale the signal alone."""
+    for max_epochs in (1, 25):
+        adata = stained(0)
+        TOTALVI.setup_anndata(adata, protein_expression_obsm_key="proteins")
+        model = TOTALVI(adata, n_hidden=32, n_latent=4)
+        model.train(max_epochs)
+        table = model.differential_expression(groupby="stim", group1="yes", group2="no")
+        table = table[table["modality"] == "proteins"].loc[adata.obsm["proteins"].columns]
+        difference = (table["scale1"] - table["scale2"]).iloc[:3]
+        assert difference.mean() == pytest.approx(20.0, rel=0.25), (max_epochs, difference)
+        assert table[CALLED].iloc[:3].all() and table[CALLED].iloc[3:].sum() <= 1
 
 
 @pytest.mark.slow
