@@ -128,7 +128,8 @@ def corrected_levels(
     prior
         Counts a of the prior, of all sets or of each, shape ``(n_sets,)``: replicates share those of their side.
     bound
-        Largest value that the quantity can have: levels end there, their errors do not.
+        Largest value that the quantity can have: levels end there, their errors do not. Where there is one, what most
+        features of a set have in common of counted by expected is taken for the depth of its cells, and left out.
 
     Returns
     -------
@@ -155,7 +156,8 @@ def corrected_levels(
     departure = (united.sums[0] / counts - united.sums[1] / model_counts) / n
     relative = united.weighted(1.0 / counts, -1.0 / model_counts, 1.0 / safe) - 1.0 / n - 2.0 * departure
     dispersion = _dispersion(np.maximum(relative, 0.0) * counted, united)
-    exposure = expected / np.maximum(model, np.finfo(np.float64).tiny)
+    depth = 1.0 if np.isinf(bound) else _common_factor(counted, expected)
+    exposure = depth * expected / np.maximum(model, np.finfo(np.float64).tiny)
     level = counted / exposure
     return Levels(
         model,
@@ -166,6 +168,14 @@ def corrected_levels(
         dispersion,
         united.sums[0],
     )
+
+
+def _common_factor(counted: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Median over the features of counted by expected, shape ``(n_sets, 1)``: what a model missed of the depth of cells.
+
+    Shares of all counts have the depth in their total; probabilities have it in the model alone.
+    """
+    return np.median(counted / expected, axis=1, keepdims=True)
 
 
 def _shifted(united: StratumMoments, by: Correction, bound: float) -> Levels:
