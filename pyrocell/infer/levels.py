@@ -171,7 +171,7 @@ def corrected_levels(
 
 
 def _common_factor(counted: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Median over the features of counted by expected, shape ``(n_sets, 1)``: what a model missed of the depth of cells.
+    """Median over the features of counted by expected, shape ``(n_sets, 1)``: what a model missed of the cells' depth.
 
     Shares of all counts have the depth in their total; probabilities have it in the model alone.
     """
