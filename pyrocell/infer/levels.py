@@ -128,8 +128,9 @@ def corrected_levels(
     prior
         Counts a of the prior, of all sets or of each, shape ``(n_sets,)``: replicates share those of their side.
     bound
-        Largest value that the quantity can have: levels end there, their errors do not. Where there is one, what most
-        features of a set have in common of counted by expected is taken for the depth of its cells, and left out.
+        Largest value that the quantity can have: levels end there, their errors do not. Where there is one, the total
+        counted in a set over the total expected is taken for the depth of its cells that the model missed, and left
+        out.
 
     Returns
     -------
@@ -150,14 +151,14 @@ def corrected_levels(
     if by != "ratio":
         return _shifted(united, by, bound)
     inflation, prior = united.inflation, np.reshape(prior, (-1, 1))
-    counted, expected = counted / inflation + prior, expected / inflation + prior
+    depth = _missed_depth(counted, expected) if np.isfinite(bound) else 1.0
+    counted, expected = counted / inflation + prior, depth * expected / inflation + prior
     safe = np.maximum(quantity, np.finfo(np.float64).tiny)
     counts, model_counts = inflation * counted, inflation * expected
-    departure = (united.sums[0] / counts - united.sums[1] / model_counts) / n
-    relative = united.weighted(1.0 / counts, -1.0 / model_counts, 1.0 / safe) - 1.0 / n - 2.0 * departure
+    departure = (united.sums[0] / counts - depth * united.sums[1] / model_counts) / n
+    relative = united.weighted(1.0 / counts, -depth / model_counts, 1.0 / safe) - 1.0 / n - 2.0 * departure
     dispersion = _dispersion(np.maximum(relative, 0.0) * counted, united)
-    depth = 1.0 if np.isinf(bound) else _common_factor(counted, expected)
-    exposure = depth * expected / np.maximum(model, np.finfo(np.float64).tiny)
+    exposure = expected / np.maximum(model, np.finfo(np.float64).tiny)
     level = counted / exposure
     return Levels(
         model,
@@ -170,12 +171,14 @@ def corrected_levels(
     )
 
 
-def _common_factor(counted: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Median over the features of counted by expected, shape ``(n_sets, 1)``: what a model missed of the cells' depth.
+def _missed_depth(counted: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """All that was counted over all that was expected, shape ``(n_sets, 1)``: what a model missed of the cells' depth.
 
-    Shares of all counts have the depth in their total; probabilities have it in the model alone.
+    Shares of all counts have the depth in their total; probabilities have it in the model alone. Totals and not a
+    median: of few cells, most regions were not seen at all.
     """
-    return np.median(counted / expected, axis=1, keepdims=True)
+    total = expected.sum(axis=1, keepdims=True)
+    return np.where(total > 0, counted.sum(axis=1, keepdims=True) / np.where(total > 0, total, 1.0), 1.0)
 
 
 def _shifted(united: StratumMoments, by: Correction, bound: float) -> Levels:

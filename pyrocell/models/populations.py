@@ -17,7 +17,6 @@ from pyrocell.infer.levels import Correction, Scale
 from pyrocell.infer.moments import MomentSums, StratumMoments
 from pyrocell.infer.population import PopulationData, population_differential
 from pyrocell.infer.population_plan import PopulationPlan, plan_population
-from pyrocell.infer.scale_sampler import DifferentialOptions
 from pyrocell.models.asking import Question
 from pyrocell.models.chosen import measured_in
 from pyrocell.models.groups import Asked, replicates_of, warn_if_confounded
@@ -55,7 +54,6 @@ def population_tables(
         Column of the groups.
     """
     options, obs = asked.options, question.dataset.obs
-    _refuse_draws(options)
     samples = replicates_of(obs, options.sample_key)
     plan = plan_population(
         comparisons, samples=samples, cells_per_stratum=options.cells_per_stratum, seed=options.seed
@@ -106,21 +104,6 @@ def _refuse_ratios(model: Comparisons, effect: str) -> None:
             f"The values that {type(model).__name__} expects may be negative; expected positive values for a ratio. "
             'Use effect="difference".'
         )
-
-
-def _refuse_draws(options: DifferentialOptions) -> None:
-    """Refuse options that are about pairs of cells."""
-    for name, value, default in (
-        ("weights", options.weights, "uniform"),
-        ("filter_outlier_cells", options.filter_outlier_cells, False),
-        ("batches1", options.batches1, None),
-        ("batches2", options.batches2, None),
-    ):
-        if value != default:
-            raise QueryError(
-                f"{name}={value!r} was given with mode='population', which has no draws of pairs of cells; expected "
-                f"{default!r}. Use mode='change'."
-            )
 
 
 def population_moments(

@@ -259,3 +259,18 @@ def test_a_signal_below_its_background_is_not_negative():
         table = two_sides(counts, known + 90.0, known, scale, correct="excess")
         assert (table["scale1"] > 0).all() and np.isfinite(table["lfc_estimate"]).all()
         assert table[CALLED].sum() == 0
+
+
+def test_depth_that_a_model_missed_is_no_effect_in_few_cells_either():
+    """30 cells and 600 cells, 3 % of regions seen: of the few cells, most regions were never seen."""
+    rng = np.random.default_rng(0)
+    codes, chance = np.repeat([0, 1], [30, 600]), rng.uniform(0.02, 0.1, 400)
+    depth = np.where(codes == 0, 0.4, 0.8)[:, None]
+    seen = (rng.random((630, 400)) < depth * chance).astype(float)
+    quantity = np.broadcast_to(chance, seen.shape).copy()
+    moments = moments_of(codes, seen, 0.6 * quantity, quantity)
+    free, levels = (corrected_levels(moments, [[0], [1]], by="ratio", bound=b) for b in (np.inf, 1.0))
+    np.testing.assert_allclose(levels.level.mean(axis=1), chance.mean(), rtol=0.02)
+    assert free.level[1].mean() / free.level[0].mean() > 1.5, "the depths differ"
+    error = np.sqrt(levels.variance.sum(axis=0))
+    assert np.abs((levels.level[1] - levels.level[0]).mean()) < 0.1 * error.mean()
