@@ -6,11 +6,9 @@ import base64
 import html
 import io
 import json
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -26,9 +24,7 @@ if TYPE_CHECKING:
 
     from pyrocell.infer.criticism import PredictiveCheck
 
-__all__ = ["Findings", "software_versions", "write_report"]
-
-_PACKAGES = ("pyrocell", "torch", "pyro-ppl", "anndata", "scanpy", "numpy", "scipy", "pandas")
+__all__ = ["Findings", "write_report"]
 
 # Columns of the table of markers: heading, unit or meaning, and format.
 _COLUMNS = {
@@ -146,17 +142,6 @@ def write_report(path: str | Path, findings: Findings, *, title: str, lead: str 
     path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def software_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a result depends on."""
-    found = {"Python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
-            found[name] = "not installed as a package"
-    return found
 
 
 def _warnings(messages: Sequence[str]) -> str:

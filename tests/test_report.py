@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pyrocell.infer.criticism import check_predictions
-from pyrocell.report import Findings, software_versions, write_report
+from pyrocell.models.manifest import versions
+from pyrocell.report import Findings, write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -84,7 +85,7 @@ def findings():
         table=table,
         check=check_predictions([(observed, draws)], feature_names=list("abc")),
         cards={"cells": "50"},
-        facts={"seed": 7, "options": {"n_latent": 10}, **software_versions()},
+        facts={"seed": 7, "options": {"n_latent": 10}, **versions()},
         manifest={"trainings": [{"data": "0123abcd", "options": {"optimizer": "<script>"}}]},
         messages=["lane and donor are confounded"],
     )
@@ -138,7 +139,7 @@ def test_page_tells_everything(page):
     assert "SCVI on <data>" in page.texts
     assert "seed" in page.texts
     assert "7" in page.texts
-    assert software_versions()["torch"] in page.texts
+    assert versions()["torch"] in page.texts
     assert "500.0 nats per cell" in page.text
     assert "510.0 on cells held out" in page.text
     assert "Manifest" in page.texts and '"data": "0123abcd"' in page.text

@@ -287,7 +287,7 @@ def _report(
 
 
 def _facts(run: Progress, args: argparse.Namespace, *, model: Any, source: str) -> dict[str, object]:
-    from pyrocell.report import software_versions
+    from pyrocell.models.manifest import versions
 
     options = getattr(model, "constructor", {})
     facts: dict[str, object] = {
@@ -299,4 +299,4 @@ def _facts(run: Progress, args: argparse.Namespace, *, model: Any, source: str) 
         "device": getattr(model, "device", "cpu"),
     }
     facts |= {f"seconds, {name}": f"{seconds:.1f}" for name, seconds in run.seconds.items()}
-    return facts | {f"version of {name}": number for name, number in software_versions().items()}
+    return facts | {f"version of {name}": number for name, number in versions().items()}

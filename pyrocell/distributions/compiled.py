@@ -14,7 +14,7 @@ import numpy as np
 
 from pyrocell.distributions.elementary import compiled, exp, log1p, minus_expm1
 
-__all__ = ["LARGEST_LOG_RATIO", "negative_binomial", "ordered_by_column", "poisson"]
+__all__ = ["LOG_RATIO_LIMIT", "LOG_THETA_RANGE", "negative_binomial", "ordered_by_column", "poisson"]
 
 Array = np.ndarray
 Number = Any  # float32 or float64: the compiler tells them apart, and knows nothing of annotations
@@ -24,10 +24,13 @@ Index = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 F, D = np.float32, np.float64
 
-LARGEST_LOG_RATIO = 40.0
+LOG_RATIO_LIMIT = 40.0
 """At non-zero counts log(mean / theta) is held within +-40 (gradients pass straight through)."""
 
-_LOWEST_PHI, _HIGHEST_PHI = F(-16.0), F(20.0)
+LOG_THETA_RANGE = (-16.0, 20.0)
+"""log theta is held in this range (gradients pass straight through): theta in [1.1e-7, 4.8e8]."""
+
+_LOWEST_PHI, _HIGHEST_PHI = (F(end) for end in LOG_THETA_RANGE)
 _ZERO, _HALF, _ONE = F(0.0), F(0.5), F(1.0)
 
 
@@ -141,7 +144,7 @@ def _few(x: Number, theta: Number) -> tuple[Number, Number]:
 @compiled
 def _ratio(log_ratio: Number) -> tuple[Number, Number, Number]:
     """Return the log ratio in its bounds, log(1 + exp(-|.|)) of it, and its sigmoid."""
-    bound = min(max(log_ratio, -LARGEST_LOG_RATIO), LARGEST_LOG_RATIO)
+    bound = min(max(log_ratio, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)
     bound = bound if log_ratio == log_ratio else log_ratio
     tail = math.log1p(math.exp(-abs(bound)))
     return bound, tail, 1.0 / (1.0 + math.exp(-bound))
@@ -153,7 +156,7 @@ def _one_of_nb(
 ) -> tuple[Number, Number, Number]:
     """Score one count above zero; ``up`` is log(1 + mean / theta) and ``share`` is mean / (mean + theta)."""
     if x == 1.0 or x == 2.0 or x == 3.0 or x == 4.0:  # 97 % of the non-zeros of UMI data
-        if abs(log_mean - phi) > LARGEST_LOG_RATIO:
+        if abs(log_mean - phi) > LOG_RATIO_LIMIT:
             bound, tail, share = _ratio(log_mean - phi)
             log_mean, up = phi + bound, max(bound, 0.0) + tail
         # log P(x) = x log(mean) - (x + theta) up + finite sum: nothing cancels while x is small

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pyrocell.distributions import compiled
+from pyrocell.distributions.compiled import LOG_RATIO_LIMIT, LOG_THETA_RANGE
 from pyrocell.distributions.counts import NonZeros, working_dtype
 from pyrocell.distributions.gamma import large_log_rising
 from pyrocell.distributions.shapes import aligned
@@ -31,12 +32,6 @@ __all__ = [
     "score_counts",
     "zero_inflated",
 ]
-
-LOG_THETA_RANGE = (-16.0, 20.0)
-"""log theta is held in this range (gradients pass straight through): theta in [1.1e-7, 4.8e8]."""
-
-LOG_RATIO_LIMIT = compiled.LARGEST_LOG_RATIO
-"""At non-zero counts log(mean / theta) is held within +-40 (gradients pass straight through)."""
 
 _LOG_2 = math.log(2.0)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Manifested", "bound_to", "training_record", "versions"]
 
-_PACKAGES = ("pyrocell", "torch", "pyro-ppl", "anndata", "numpy", "scipy", "pandas")
+_PACKAGES = ("pyrocell", "torch", "pyro-ppl", "anndata", "scanpy", "numpy", "scipy", "pandas")
 
 
 @cache
