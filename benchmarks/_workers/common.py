@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ __all__ = [
     "SMALL_SCBASSET",
     "Contender",
     "Job",
+    "answer_job",
     "main",
     "marker_table",
     "measure_quality",
@@ -297,3 +298,29 @@ def main(make_contender: Callable[[Job], Contender]) -> None:
         "versions": contender.versions(),
     }
     print(RESULT + json.dumps(result), flush=True)
+
+
+def answer_job(
+    answers: Mapping[str, Callable[..., dict[str, np.ndarray]]],
+    prepare: Callable[[Mapping[str, Any]], None],
+    *,
+    given: str,
+    told: Callable[[], dict[str, float]],
+) -> None:
+    """Answer the job whose file is named on the command line: arrays into a file, numbers for the driver.
+
+    Parameters
+    ----------
+    answers
+        By model, what answers, given the data and one entry of the job.
+    prepare
+        Sets threads, seed and silence.
+    given
+        Name of that entry.
+    told
+        Called at the end: what it took.
+    """
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    prepare(job)
+    np.savez(job["out"], **answers[job["model"]](anndata.read_h5ad(job["data"]), job[given]))
+    print(RESULT + json.dumps(told()), flush=True)

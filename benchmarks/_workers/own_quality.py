@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
-from common import RESULT
+from own_answers import answer
 
 import pyrocell
 
@@ -71,18 +68,5 @@ ANSWERS: dict[str, Callable[[anndata.AnnData, int], Answer]] = {
 }
 
 
-def main() -> None:
-    """Train, and write the answer."""
-    import torch
-
-    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(job["threads"])
-    pyrocell.settings.progress = False
-    pyrocell.settings.device = "cpu"
-    pyrocell.settings.seed = job["seed"]
-    np.savez(job["out"], **ANSWERS[job["model"]](anndata.read_h5ad(job["data"]), job["epochs"]))
-    print(RESULT + json.dumps({"cpu_seconds": time.process_time()}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(ANSWERS, given="epochs", told=lambda: {"cpu_seconds": time.process_time()})

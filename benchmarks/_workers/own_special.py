@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import Any
 
 import anndata
 import numpy as np
-from common import RESULT, SMALL_SCBASSET
+from common import SMALL_SCBASSET
+from own_answers import answer
 
 import pyrocell
 
@@ -136,18 +135,5 @@ ANSWERS: dict[str, Callable[[anndata.AnnData, Options], Answer]] = {
 }
 
 
-def main() -> None:
-    """Train, and write the answer."""
-    import torch
-
-    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(job["threads"])
-    pyrocell.settings.progress = False
-    pyrocell.settings.device = "cpu"
-    pyrocell.settings.seed = job["seed"]
-    np.savez(job["out"], **ANSWERS[job["model"]](anndata.read_h5ad(job["data"]), job["options"]))
-    print(RESULT + json.dumps({"training_seconds": training_seconds}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(ANSWERS, given="options", told=lambda: {"training_seconds": training_seconds})

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import scvi
-import torch
-from common import RESULT
-
-warnings.filterwarnings("ignore")
+from peer_answers import QUIET, answer
 
 Answer = dict[str, np.ndarray]
-QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_checkpointing": False}
 
 
 def labels(adata: anndata.AnnData, epochs: int) -> Answer:
@@ -28,9 +19,9 @@ def labels(adata: anndata.AnnData, epochs: int) -> Answer:
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     first = scvi.model.SCVI(adata)
     plan = {"n_epochs_kl_warmup": epochs // 2}
-    first.train(max_epochs=epochs, logger=False, plan_kwargs=plan, **QUIET)
+    first.train(max_epochs=epochs, plan_kwargs=plan, **QUIET)
     model = scvi.model.SCANVI.from_scvi_model(first, unlabeled_category="unknown", labels_key="label")
-    model.train(logger=False, **QUIET)
+    model.train(**QUIET)
     table = model.predict(soft=True)
     return {
         "probabilities": table.to_numpy(),
@@ -62,7 +53,7 @@ def regions(adata: anndata.AnnData, epochs: int) -> Answer:
     """Train PEAKVI; tell the probability that each region is seen open."""
     scvi.model.PEAKVI.setup_anndata(adata, batch_key="batch")
     model = scvi.model.PEAKVI(adata)
-    model.train(max_epochs=epochs, logger=False, **QUIET)
+    model.train(max_epochs=epochs, **QUIET)
     told = model.get_normalized_accessibility(normalize_cells=True, normalize_regions=True)
     return {"seen_probability": np.asarray(told), "latent": model.get_latent_representation()}
 
@@ -74,18 +65,5 @@ ANSWERS: dict[str, Callable[[anndata.AnnData, int], Answer]] = {
 }
 
 
-def main() -> None:
-    """Train, and write the answer."""
-    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(job["threads"])
-    scvi.settings.num_threads = job["threads"]
-    scvi.settings.verbosity = logging.ERROR
-    scvi.settings.seed = job["seed"]
-    np.savez(job["out"], **ANSWERS[job["model"]](anndata.read_h5ad(job["data"]), job["epochs"]))
-    print(RESULT + json.dumps({"cpu_seconds": time.process_time()}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(ANSWERS, given="epochs", told=lambda: {"cpu_seconds": time.process_time()})

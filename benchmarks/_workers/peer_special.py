@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anndata
@@ -17,20 +12,12 @@ import pandas as pd
 import scvi
 import scvi.external
 import torch
-from common import RESULT, SMALL_SCBASSET
+from common import SMALL_SCBASSET
+from peer_answers import QUIET, answer
 from scipy import sparse
-
-warnings.filterwarnings("ignore")
 
 Answer = dict[str, np.ndarray]
 Options = dict[str, Any]
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_checkpointing": False,
-    "enable_model_summary": False,
-    "logger": False,
-}
 training_seconds = 0.0
 
 
@@ -163,18 +150,5 @@ ANSWERS: dict[str, Callable[[anndata.AnnData, Options], Answer]] = {
 }
 
 
-def main() -> None:
-    """Train, and write the answer."""
-    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(job["threads"])
-    scvi.settings.num_threads = job["threads"]
-    scvi.settings.verbosity = logging.ERROR
-    scvi.settings.seed = job["seed"]
-    np.savez(job["out"], **ANSWERS[job["model"]](anndata.read_h5ad(job["data"]), job["options"]))
-    print(RESULT + json.dumps({"training_seconds": training_seconds}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer(ANSWERS, given="options", told=lambda: {"training_seconds": training_seconds})
