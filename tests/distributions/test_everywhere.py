@@ -69,9 +69,9 @@ def test_beyond_the_bounds(case: Case, log_ratio: float) -> None:
         "log_theta" in case.names or log_ratio < 80
     ):  # rates beyond float32 are infinite in one and not in the other
         torch.testing.assert_close(value.detach().double(), exact, rtol=2e-6, atol=1e-6, equal_nan=True)
-    if log_ratio == torch.inf:
-        slopes = torch.autograd.grad(value.sum(), parameters)
-        assert not value[0, 0].isfinite() or not torch.cat(slopes).isfinite().all()
+    if log_ratio == torch.inf or (case.names == ("log_rate",) and log_ratio > 88):
+        # a zero is impossible, unless it is a structural one
+        assert value[0, 0] == -torch.inf if "zi_logits" not in case.names else value[0, 0].isfinite()
 
 
 def test_a_mean_of_zero_gives_no_count_for_sure() -> None:
