@@ -1,8 +1,7 @@
 """Log-probabilities of counts as loops in machine code: every entry is read once, and nothing is stored in between.
 
 Zeros are scored by float32 loops that the compiler turns into vector instructions, non-zeros one by one in float64. The
-functions release Python's lock. They are compiled on first use and kept in a cache beside this file, or in numba's
-own folder where that cannot be written.
+functions release Python's lock. They are compiled on first use and kept in the user's cache folder (`elementary.py`).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Exponentials and logarithms in float32 for compiled loops, which turn them into vector instructions.
-
-Numba's cache does not notice that a function in another file has changed: after a change here, touch `compiled.py`. The
-tests have a cache of their own for each state of the two files.
-"""
+"""Exponentials and logarithms in float32 for compiled loops, which turn them into vector instructions."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
-from functools import partial
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -20,6 +20,29 @@ Number = Any  # float32 or float64: the compiler tells them apart, and knows not
 F, I = np.float32, np.int32  # noqa: E741
 
 
+@cache
+def _cache_folder() -> str:
+    """Where compiled code is kept: in the user's cache folder, by the state of the sources.
+
+    Beside the package it would outlive the package: pip leaves files that it did not install, and the folder that they
+    keep alive hides an installation from source. Numba itself asks only the file of a function whether it has changed.
+    """
+    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("elementary", "compiled"))
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(user) / "pyrocell" / f"compiled-{hashlib.sha256(b''.join(sources)).hexdigest()[:16]}")
+
+
+@contextmanager
+def _kept_with_the_user() -> Iterator[None]:
+    """Let Numba keep what it compiles in our folder, unless the user has named one; other packages keep their own."""
+    chosen = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = chosen or _cache_folder()
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = chosen
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function on its first call, to run without Python's lock.
 
@@ -28,7 +51,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     make = partial(numba.njit, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"})
     try:
-        made: Callable[..., Any] = make(cache=True)(function)
+        with _kept_with_the_user():
+            made: Callable[..., Any] = make(cache=True)(function)
     except RuntimeError:
         made = make()(function)
     return made

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,6 +162,19 @@ def test_functions_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(elementary.numba, "njit", without_cache)
     twice = elementary.compiled(lambda x: x + x)
     assert twice(2.0) == 4.0
+
+
+def test_compiled_code_is_kept_with_the_user_and_not_beside_the_package(tmp_path: Path) -> None:
+    """A folder that pip cannot remove hides an installation from source that follows it."""
+    code = "import numpy as np; from pyrocell.distributions.elementary import exp; print(exp(np.float32(0)))"
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | {
+        "XDG_CACHE_HOME": str(tmp_path)
+    }
+    package = Path(elementary.__file__).parent
+    before = set(package.rglob("*.nb?"))
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert list(tmp_path.glob("pyrocell/compiled-*/**/*.nbc"))
+    assert set(package.rglob("*.nb?")) == before
 
 
 def test_elementary_functions_to_the_last_digits() -> None:
