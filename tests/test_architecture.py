@@ -51,9 +51,9 @@ UNKNOWN = {
 # The declared dependencies, and what they bring with them.
 THIRD_PARTY = {
     "pyro", "torch", "anndata", "scanpy", "numpy", "scipy", "pandas", "mudata", "safetensors", "tqdm",
-    "h5py", "matplotlib", "numba", "sklearn", "umap", "igraph", "formulaic",
+    "h5py", "matplotlib", "numba", "sklearn", "umap", "igraph", "formulaic", "zarr",
 }  # fmt: skip
-LAZY = {"scanpy", "matplotlib", "sklearn", "umap", "igraph", "formulaic"}
+LAZY = {"scanpy", "matplotlib", "sklearn", "umap", "igraph", "formulaic", "zarr"}
 
 # Catching torch's NotImplementedError is fine, raising our own is not.
 FORBIDDEN_WORDS = re.compile(r"(?<!except )NotImplementedError|TODO|FIXME|pragma: no cover")

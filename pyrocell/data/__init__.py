@@ -17,8 +17,10 @@ from pyrocell.data.registration import make_setup_anndata, make_setup_mudata, re
 from pyrocell.data.schema import Schema
 from pyrocell.data.sequences import CellCategory, DnaSequence
 from pyrocell.data.simulate import simulate_scvi, synthetic_iid
+from pyrocell.data.sinks import Layer, Obsm
 from pyrocell.data.slots import Slots
 from pyrocell.data.velocity import filter_velocity_genes, smooth_velocity_layers
+from pyrocell.data.zarr_sink import Zarr
 
 # Data to start from, fields, how data are read, and what a new kind of field is made of.
 __all__ = [  # noqa: RUF022
@@ -32,6 +34,9 @@ __all__ = [  # noqa: RUF022
     "encode_dna",
     "shuffle_dna",
     "read_motifs",
+    "Layer",
+    "Obsm",
+    "Zarr",
     "Counts",
     "Accessibility",
     "Abundances",

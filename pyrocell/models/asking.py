@@ -12,6 +12,8 @@ import pandas as pd
 import torch
 
 from pyrocell.data import Cells
+from pyrocell.data.filling import Filling, Out
+from pyrocell.data.sinks import Asked
 from pyrocell.errors import QueryError
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.models.chosen import chosen_cells, chosen_features
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from pyrocell.models.core import ModelCore
 
-__all__ = ["Question"]
+__all__ = ["Finish", "Question"]
 
 # A block of draws of this many numbers stays in the processor's cache; larger ones are slower, not faster.
 _BLOCK_NUMBERS = 2**20
@@ -31,6 +33,7 @@ _SMALLEST_BLOCK = 16
 
 Extract = Callable[[SiteDraws], torch.Tensor]
 Trace = Mapping[str, SiteDraws]
+Finish = Callable[[np.ndarray, Cells], np.ndarray]
 
 
 class Question:
@@ -163,7 +166,9 @@ class Question:
         return_mean: bool,
         scale: Callable[[Cells, Trace], torch.Tensor] | None = None,
         beside: Sequence[str] = (),
-    ) -> np.ndarray:
+        finish: Finish | None = None,
+        out: Out = None,
+    ) -> Any:
         """Collect one site of all cells.
 
         Parameters
@@ -178,31 +183,57 @@ class Question:
             Number to multiply each cell by, from its data and the other sites.
         beside
             Other sites that ``scale`` needs.
+        finish
+            What is done, in place or not, to the values of a block of cells in the end.
+        out
+            Where the values go; by default into a new array.
 
         Returns
         -------
-        ndarray
+        ndarray or what was given as ``out``
             ``(n_cells, ...)``, or ``(n_samples, n_cells, ...)`` where more than one draw is kept.
         """
-        result: np.ndarray | None = None
-        for place, which, cells, traces in self.traces([site, *beside], n_samples):
-            values = [extract(trace[site]) for trace in traces]
-            if scale is not None:
-                values = [value * scale(cells, trace) for value, trace in zip(values, traces, strict=True)]
-            value = self._wanted(torch.stack(values).mean(0) if len(values) > 1 else values[0], site)
-            local = traces[0][site].local
-            if not local and place.start > 0:
-                break  # one value for all cells: the first block of them has told it
-            if result is None:
-                shape = (len(self.rows), *value.shape[2:]) if local else tuple(value.shape[1:])
-                result = np.zeros(shape if return_mean else (n_samples, *shape), dtype=np.float32)
-            where = place if local else ...
-            if return_mean:
-                result[where] += (value.sum(0) / n_samples).cpu().numpy()
-            else:
-                result[which, where] = value.cpu().numpy()
-        assert result is not None  # a question has at least one cell
-        return result[0] if not return_mean and n_samples == 1 else result
+        averaged = return_mean or n_samples == 1
+        with self.filling(out, None if averaged else n_samples) as filling:
+            total: np.ndarray | None = None
+            for place, which, cells, traces in self.traces([site, *beside], n_samples):
+                values = [extract(trace[site]) for trace in traces]
+                if scale is not None:
+                    factors = [scale(cells, trace) for trace in traces]
+                    values = [value * factor for value, factor in zip(values, factors, strict=True)]
+                value = self._wanted(torch.stack(values).mean(0) if len(values) > 1 else values[0], site)
+                local = traces[0][site].local
+                if not local and place.start > 0:
+                    break  # one value for all cells: the first block of them has told it
+                found = (value.sum(0) / n_samples if averaged else value).float().cpu().numpy()
+                if averaged:
+                    # Added up here: reading a sink back may be slow, and each block is written once.
+                    found = total = found if total is None else total + found
+                    if which.stop < n_samples:
+                        continue
+                    total = None
+                found = found if finish is None else finish(found, cells)
+                filling.add(found, place if local else None, None if averaged else which)
+            return filling.kept()
+
+    def values(
+        self,
+        site: str,
+        n_samples: int = 1,
+        *,
+        return_mean: bool = True,
+        finish: Finish | None = None,
+        out: Out = None,
+    ) -> Any:
+        """Collect the values of a site as they are; see `array`."""
+        options: dict[str, Any] = {"return_mean": return_mean, "finish": finish, "out": out}
+        return self.array(site, lambda draws: draws.value, n_samples=n_samples, **options)
+
+    def filling(self, out: Out, n_draws: int | None = None) -> Filling:
+        """Check where an answer is to go, and return what takes it there."""
+        inputs = {value for value in self.dataset.schema.setup.values() if isinstance(value, str)}
+        data = self.dataset
+        return Filling(out, Asked(data.adata, self.rows, data.n_cells, self.feature_names, n_draws, inputs))
 
     def arrays(
         self, site: str, extract: Callable[[SiteDraws], dict[str, torch.Tensor]], *, n_samples: int
@@ -226,17 +257,37 @@ class Question:
             )
         return value[..., self.features]
 
-    def latent_moments(self, site: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return mean and variance of a Gaussian posterior, or None where the guide has no closed form."""
+    def gaussians(self, site: str) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor] | None]:
+        """Yield mean and variance of a Gaussian posterior by blocks, or None where the guide has no closed form."""
         drawer = self.model.drawer()
-        moments: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for _, cells in self.blocks():
+        for place, cells in self.blocks():
             fn = drawer.guide_latents(cells).get(site)
             if fn is None or not fn.has_rsample or not bool((fn.variance > 0).any()):
-                return None  # a transform of a latent, or a point
-            moments.append((fn.mean.cpu(), fn.variance.cpu()))
+                yield None  # a transform of a latent, or a point
+                return
+            yield place, fn.mean.cpu(), fn.variance.cpu()
+
+    def latent_moments(self, site: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return mean and variance of a Gaussian posterior, or None where the guide has no closed form."""
+        blocks = list(self.gaussians(site))
+        moments = [block[1:] for block in blocks if block is not None]
+        if len(moments) < len(blocks):
+            return None
         mean, variance = (torch.cat(parts).numpy() for parts in zip(*moments, strict=True))
         return mean, variance
+
+    def latent_mean(self, site: str, out: Out = None) -> Any:
+        """Collect the mean of a Gaussian posterior as `array` does, or return None where there is no closed form."""
+        with self.filling(out) as filling:
+            for block in self.gaussians(site):
+                if block is None:
+                    return None
+                filling.add(block[1].float().numpy(), block[0])
+            return filling.kept()
+
+    def answer(self, values: Any, out: Out, *, return_numpy: bool = False) -> Any:
+        """Return what a verb gives back: what it wrote to, an array, or by default a table."""
+        return values if out is not None or return_numpy or values.ndim == 3 else self.table(values)
 
     def table(self, values: np.ndarray) -> pd.DataFrame:
         """Give an array of cells by features its names."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrocell.models import saving
 from pyrocell.models.comparisons import Comparisons
+from pyrocell.models.correlations import Correlations
 from pyrocell.models.diagnoses import Diagnoses
 from pyrocell.models.mapping import ReferenceMapping
 from pyrocell.models.packing import shortened
@@ -30,6 +31,7 @@ class CellModel(
     ProteinQueries,
     VelocityChecks,
     Comparisons,
+    Correlations,
     Projections,
     ReferenceMapping,
 ):

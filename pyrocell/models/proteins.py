@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from pyro.distributions import Gamma, Normal
 from torch.nn import functional
 
+from pyrocell.data.filling import Out
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.effects import lazy_deterministic
 from pyrocell.models.asking import Question
@@ -42,7 +42,8 @@ class ProteinQueries(Queries):
         sample_protein_mixing: bool = False,
         return_mean: bool = True,
         batch_size: int | None = None,
-    ) -> pd.DataFrame | np.ndarray:
+        out: Out = None,
+    ) -> Any:
         """Return the denoised proteins of each cell, in counts, without the efficiency of the batch.
 
         Proteins that were not measured in a cell are predicted from what was.
@@ -65,11 +66,14 @@ class ProteinQueries(Queries):
             Let each draw be either background or signal, at random, instead of weighing both by their probability.
         return_mean
             Whether to average over the draws.
+        out
+            Where the values go: an array, the path of a zarr array, or a `pyrocell.data.Obsm`.
 
         Returns
         -------
         DataFrame or ndarray
-            Cells by proteins, with names; an array ``(n_samples, n_cells, n_proteins)`` if not averaged.
+            Cells by proteins, with names; an array ``(n_samples, n_cells, n_proteins)`` if not averaged. With ``out``,
+            what was written to.
         """
         site = str(self.protein_site)
         site += "_total" * include_background + "_sampled" * sample_protein_mixing
@@ -80,8 +84,8 @@ class ProteinQueries(Queries):
 
         question = self._protein_question(adata, indices, transform_batch, protein_list, batch_size)
         with self.asking():
-            found = question.array(site, values, n_samples=n_samples, return_mean=return_mean)
-        return found if found.ndim == 3 else question.table(found)
+            found = question.array(site, values, n_samples=n_samples, return_mean=return_mean, out=out)
+        return question.answer(found, out)
 
     @needs("foreground_site")
     def get_protein_foreground_probability(
@@ -93,23 +97,24 @@ class ProteinQueries(Queries):
         protein_list: Names = None,
         n_samples: int = 1,
         batch_size: int | None = None,
-    ) -> pd.DataFrame:
+        out: Out = None,
+    ) -> Any:
         """Return the probability that a protein is more than background in a cell, given the cell's latent.
 
         It does not look at the one count in question, but at what the whole cell says.
 
         Parameters
         ----------
-        adata, indices, transform_batch, protein_list, n_samples, batch_size
+        adata, indices, transform_batch, protein_list, n_samples, batch_size, out
             As in ``get_protein_expression``.
 
         Returns
         -------
         DataFrame
-            Cells by proteins.
+            Cells by proteins. With ``out``, what was written to.
         """
         question = self._protein_question(adata, indices, transform_batch, protein_list, batch_size)
-        return self._protein_table(question, str(self.foreground_site), n_samples)
+        return self._protein_table(question, str(self.foreground_site), n_samples, out)
 
     @needs("background_site")
     def get_protein_background_mean(
@@ -121,21 +126,22 @@ class ProteinQueries(Queries):
         protein_list: Names = None,
         n_samples: int = 1,
         batch_size: int | None = None,
-    ) -> pd.DataFrame:
+        out: Out = None,
+    ) -> Any:
         """Return the expected background of each protein in each cell, in counts.
 
         Parameters
         ----------
-        adata, indices, transform_batch, protein_list, n_samples, batch_size
+        adata, indices, transform_batch, protein_list, n_samples, batch_size, out
             As in ``get_protein_expression``.
 
         Returns
         -------
         DataFrame
-            Cells by proteins.
+            Cells by proteins. With ``out``, what was written to.
         """
         question = self._protein_question(adata, indices, transform_batch, protein_list, batch_size)
-        return self._protein_table(question, str(self.background_site), n_samples)
+        return self._protein_table(question, str(self.background_site), n_samples, out)
 
     def _protein_question(
         self,
@@ -150,10 +156,9 @@ class ProteinQueries(Queries):
         question.over(self.expression_sites[str(self.protein_site)], protein_list)
         return question
 
-    def _protein_table(self, question: Question, site: str, n_samples: int) -> pd.DataFrame:
+    def _protein_table(self, question: Question, site: str, n_samples: int, out: Out) -> Any:
         with self.asking():
-            found = question.array(site, lambda draws: draws.value, n_samples=n_samples, return_mean=True)
-        return question.table(found)
+            return question.answer(question.values(site, n_samples, out=out), out)
 
 
 class JointExpression(ProteinQueries):
@@ -175,6 +180,9 @@ class JointExpression(ProteinQueries):
         batch_size: int | None = None,
     ) -> tuple[Any, Any]:
         """Return the denoised expression of genes, and that of proteins; a draw of a cell is one of both.
+
+        Both are returned in memory. ``posterior("rho", out=...)`` and ``get_protein_expression(out=...)`` write the
+        same values elsewhere.
 
         Parameters
         ----------

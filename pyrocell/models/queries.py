@@ -7,17 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 
+from pyrocell.data.filling import Out
 from pyrocell.errors import QueryError
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.streams import seeded
 from pyrocell.models.asking import Question
 from pyrocell.models.chosen import is_latent_size
 from pyrocell.models.core import ModelCore
-from pyrocell.models.denoised import correlation, denoised_rows, some_rows
-from pyrocell.models.given import as_list
 from pyrocell.models.roles import needs
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ __all__ = ["Queries"]
 Indices = Sequence[int] | np.ndarray | None
 Names = Sequence[str] | None
 
-_MOST_ROWS = 10_000  # of draws that are correlated at once
-
 
 class Queries(ModelCore):
     """Mix-in of `CellModel`: latents, expression, likelihoods, predictions.
@@ -37,7 +33,8 @@ class Queries(ModelCore):
     In every verb, ``adata`` is data to ask about (default: the model's own), aligned to the model by feature name;
     ``indices`` are the cells wanted, as positions or a boolean mask, and results keep their order; ``batch_size`` is
     the number of cells worked on at once (default: chosen to fit the processor's cache). Draws come from the model's
-    seed, so that the same question has the same answer.
+    seed, so that the same question has the same answer. Verbs with ``out`` write their answer there, a block of cells
+    at a time, with the same values; what was written to is returned.
     """
 
     @contextmanager
@@ -60,7 +57,8 @@ class Queries(ModelCore):
         return_mean: bool = True,
         batch_size: int | None = None,
         seed: int | None = None,
-    ) -> np.ndarray:
+        out: Out = None,
+    ) -> Any:
         """Draw any named site of the model, for cells as they are or as they would be.
 
         Parameters
@@ -80,12 +78,14 @@ class Queries(ModelCore):
             Whether to average over the draws.
         seed
             Seed of the draws instead of the model's.
+        out
+            Where the values go: an array, the path of a zarr array, or a `pyrocell.data.Layer` or ``Obsm``.
 
         Returns
         -------
         ndarray
             Shape ``(n_cells, ...)`` if averaged or drawn once, else ``(n_samples, n_cells, ...)``. A site with one
-            value for all cells has no cell dimension.
+            value for all cells has no cell dimension. With ``out``, what was written to.
 
         Raises
         ------
@@ -95,9 +95,7 @@ class Queries(ModelCore):
         question = Question(self, adata, indices, given=given, batch_size=batch_size)
         question.over(self._field_of(site, features), features)
         with self.asking(seed):
-            return question.array(
-                site, lambda draws: draws.value, n_samples=n_samples, return_mean=return_mean
-            )
+            return question.values(site, n_samples, return_mean=return_mean, out=out)
 
     def _field_of(self, site: str, features: Names) -> str:
         """Return the field that a site is over, by its role or else by the names of the features wanted."""
@@ -118,7 +116,8 @@ class Queries(ModelCore):
         return_dist: bool = False,
         n_samples: int = 5000,
         batch_size: int | None = None,
-    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        out: Out = None,
+    ) -> Any:
         """Return the latent of each cell.
 
         Parameters
@@ -131,23 +130,32 @@ class Queries(ModelCore):
             Return mean and variance of the Gaussian posterior instead.
         n_samples
             Draws that the mean is taken over where it has no closed form (a logistic-normal latent).
+        out
+            Where the latent goes: an array, the path of a zarr array, or a `pyrocell.data.Obsm`. Not with
+            ``return_dist``.
 
         Returns
         -------
         ndarray or tuple of ndarray
-            Shape ``(n_cells, n_latent)``, or mean and variance of that shape each.
+            Shape ``(n_cells, n_latent)``, or mean and variance of that shape each. With ``out``, what was written to.
         """
         question, site = Question(self, adata, indices, batch_size=batch_size), str(self.latent_site)
-        with self.asking():
-            moments = question.latent_moments(site) if give_mean or return_dist else None
-            if return_dist and moments is None:
+        if return_dist:
+            if out is not None:
+                raise QueryError(
+                    "return_dist=True gives two arrays, which out cannot take; leave one of them out."
+                )
+            with self.asking():
+                moments = question.latent_moments(site)
+            if moments is None:
                 raise QueryError(
                     f"The posterior of {site!r} is no Gaussian; draw it with posterior({site!r}, n_samples=...)."
                 )
-            if moments is not None:
-                return moments if return_dist else moments[0]
+            return moments
+        with self.asking():
+            mean = question.latent_mean(site, out) if give_mean else None
             n_draws = n_samples if give_mean else 1
-            return question.array(site, lambda draws: draws.value, n_samples=n_draws, return_mean=True)
+            return question.values(site, n_draws, out=out) if mean is None else mean
 
     @needs("expression_site")
     def get_normalized_expression(
@@ -162,7 +170,8 @@ class Queries(ModelCore):
         return_mean: bool = True,
         return_numpy: bool = False,
         batch_size: int | None = None,
-    ) -> pd.DataFrame | np.ndarray:
+        out: Out = None,
+    ) -> Any:
         """Return the denoised expression of each cell.
 
         Parameters
@@ -182,11 +191,14 @@ class Queries(ModelCore):
             Whether to average over the draws.
         return_numpy
             Return an array instead of a table.
+        out
+            Where the values go: an array, the path of a zarr array, or a `pyrocell.data.Layer` or ``Obsm``.
 
         Returns
         -------
         DataFrame or ndarray
-            Cells by genes, with names; an array ``(n_samples, n_cells, n_genes)`` if not averaged.
+            Cells by genes, with names; an array ``(n_samples, n_cells, n_genes)`` if not averaged. With ``out``, what
+            was written to.
         """
         given = None if transform_batch is None else {"batch": transform_batch}
         question = Question(self, adata, indices, given=given, features=gene_list, batch_size=batch_size)
@@ -203,10 +215,10 @@ class Queries(ModelCore):
                 return_mean=return_mean,
                 scale=self._library_of if latent_size else None,
                 beside=[self.library_site] if latent_size and self.library_site else [],
+                finish=None if latent_size else lambda found, _: found * np.float32(library_size),
+                out=out,
             )
-        if library_size != "latent":
-            values *= np.float32(library_size)
-        return values if return_numpy or values.ndim == 3 else question.table(values)
+        return question.answer(values, out, return_numpy=return_numpy)
 
     def _library_of(self, cells: Any, trace: Mapping[str, SiteDraws]) -> torch.Tensor:
         """Return the size of each cell in counts, shape ``(..., B, 1)``."""
@@ -241,60 +253,4 @@ class Queries(ModelCore):
             moments = question.latent_moments("library")
             if moments is not None:  # log-normal
                 return np.exp(moments[0] + moments[1] / 2)
-            site = str(self.library_site)
-            return question.array(site, lambda draws: draws.value, n_samples=1, return_mean=True)
-
-    @needs("expression_site")
-    def get_feature_correlation_matrix(
-        self,
-        adata: AnnData | None = None,
-        *,
-        indices: Indices = None,
-        transform_batch: str | Sequence[str] | None = None,
-        n_samples: int = 10,
-        rna_size_factor: float = 1000.0,
-        correlation_type: Literal["spearman", "pearson"] = "spearman",
-        batch_size: int | None = None,
-    ) -> pd.DataFrame:
-        """Correlate features over denoised cells, with the noise between cells that dispersion stands for.
-
-        Each draw of a cell gives a gamma draw with mean ``rna_size_factor * rho`` and shape theta; draws of all cells
-        are the rows that are correlated. At most 10,000 rows, of cells chosen at random, so that memory is bounded. A
-        model with several observed sites gives all features side by side, drawn from the same latents.
-
-        Parameters
-        ----------
-        adata, indices, batch_size
-            Which cells, and how many at once.
-        transform_batch
-            Decode as if from this batch; correlations are averaged over several.
-        n_samples
-            Draws of each cell.
-        rna_size_factor
-            Size of the cells in counts.
-        correlation_type
-            ``"spearman"`` or ``"pearson"``.
-
-        Returns
-        -------
-        DataFrame
-            Features by features.
-        """
-        if correlation_type not in ("spearman", "pearson"):
-            raise QueryError(f"correlation_type is {correlation_type!r}; expected 'spearman' or 'pearson'.")
-        targets = [transform_batch] if transform_batch is None else as_list("batch", transform_batch)
-        sites = [self.denoised_sites.get(field, site) for site, field in self.observed_sites.items()]
-        sizes = {site: rna_size_factor if site in self.observed_sites else None for site in sites}
-        matrices = []
-        for target in targets:
-            given = None if target is None else {"batch": target}
-            question = Question(self, adata, indices, given=given, batch_size=batch_size)
-            with self.asking():
-                question.rows = some_rows(question.rows, max(1, _MOST_ROWS // n_samples), self.stream.seed)
-                rows = [
-                    np.concatenate([denoised_rows(trace[site], sizes[site]) for site in sites], axis=1)
-                    for _, trace in question.draws(sites, n_samples)
-                ]
-            matrices.append(correlation(np.concatenate(rows), correlation_type))
-        names = self.observed_names
-        return pd.DataFrame(np.mean(matrices, axis=0), index=names, columns=names)
+            return question.values(str(self.library_site))

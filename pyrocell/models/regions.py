@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from pyrocell.data import prototype_cells
+from pyrocell.data.filling import Out
 from pyrocell.errors import QueryError
 from pyrocell.infer.effects import AtMean
 from pyrocell.infer.scale_sampler import DifferentialOptions
@@ -56,7 +57,8 @@ class Regions(Comparisons):
         n_samples: int | None = None,
         return_numpy: bool = False,
         batch_size: int | None = None,
-    ) -> pd.DataFrame | np.ndarray | sparse.csr_matrix:
+        out: Out = None,
+    ) -> Any:
         """Return the probability that each region is open in each cell.
 
         Parameters
@@ -77,17 +79,22 @@ class Regions(Comparisons):
             Average over this many posterior draws; by default the posterior mean of the latent is decoded.
         return_numpy
             Return an array (a SciPy CSR matrix with ``threshold``) instead of a table.
+        out
+            Where the values go: an array, the path of a zarr array, or a `pyrocell.data.Layer` or ``Obsm``. Not with
+            ``threshold``.
 
         Returns
         -------
         DataFrame, ndarray or csr_matrix
-            Cells by regions, probabilities.
+            Cells by regions, probabilities. With ``out``, what was written to.
 
         Raises
         ------
         QueryError
             If ``threshold`` is no probability, or a region, batch or cell does not exist.
         """
+        if threshold is not None and out is not None:
+            raise QueryError("threshold gives a sparse matrix, which out cannot take; leave one of them out.")
         if threshold is not None and not 0 < threshold < 1:
             raise QueryError(f"threshold is {threshold!r}; expected a probability between 0 and 1, or None.")
         given = None if transform_batch is None else {"batch": transform_batch}
@@ -102,8 +109,8 @@ class Regions(Comparisons):
         )
         factor = self._factor_of_regions(question) if normalize_regions else None
         if threshold is None:
-            values = self._accessibility(question, n_samples, factor, by_depth=normalize_cells)
-            return values if return_numpy else question.table(values)
+            values = self._accessibility(question, n_samples, factor, by_depth=normalize_cells, out=out)
+            return question.answer(values, out, return_numpy=return_numpy)
         parts = []
         for part in _in_parts(question, given):
             values = self._accessibility(part, n_samples, factor, by_depth=normalize_cells)
@@ -116,20 +123,27 @@ class Regions(Comparisons):
         return frame.sparse.from_spmatrix(joined, index=names, columns=question.feature_names)
 
     def _accessibility(
-        self, question: Question, n_samples: int | None, factor: np.ndarray | None, *, by_depth: bool
-    ) -> np.ndarray:
+        self,
+        question: Question,
+        n_samples: int | None,
+        factor: np.ndarray | None,
+        *,
+        by_depth: bool,
+        out: Out = None,
+    ) -> Any:
         """Return the accessibility over draws, or at the posterior mean of the latent, with the factors asked for."""
         depth = str(self.depth_site)
         with self.asking(), AtMean() if n_samples is None else nullcontext():
-            values = question.array(
+            return question.array(
                 str(self.accessibility_site),
                 lambda draws: draws.value,
                 n_samples=1 if n_samples is None else n_samples,
                 return_mean=True,
                 scale=(lambda _, trace: trace[depth].value) if by_depth else None,
                 beside=[depth] if by_depth else [],
+                finish=None if factor is None else lambda found, _: found * factor,
+                out=out,
             )
-        return values if factor is None else values * factor
 
     def _factor_of_regions(self, question: Question) -> np.ndarray:
         factors = self.get_region_factors() if self.region_site is not None else np.ones(question.n_features)
@@ -157,9 +171,7 @@ class Regions(Comparisons):
         """
         question = Question(self, adata, indices, batch_size=batch_size)
         with self.asking():
-            site = str(self.depth_site)
-            values = question.array(site, lambda draws: draws.value, n_samples=1, return_mean=True)
-        return values[:, 0]
+            return question.values(str(self.depth_site))[:, 0]
 
     @needs("accessibility_site")
     def differential_accessibility(

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pyrocell.data import Cells
+from pyrocell.data.filling import Out
 from pyrocell.errors import QueryError
 from pyrocell.infer.effects import AtMean
-from pyrocell.models.asking import Question
+from pyrocell.models.asking import Finish, Question
 from pyrocell.models.kinetic_sites import STATES
 from pyrocell.models.queries import Indices, Names, Queries
 from pyrocell.models.roles import needs
@@ -47,7 +49,8 @@ class Velocities(Queries):
         return_mean: bool = True,
         return_numpy: bool = False,
         batch_size: int | None = None,
-    ) -> pd.DataFrame | np.ndarray:
+        out: Out = None,
+    ) -> Any:
         """Return the velocity of each gene in each cell: change of the layer's values per unit of time.
 
         Parameters
@@ -66,23 +69,31 @@ class Velocities(Queries):
             Draws, and whether to average over them.
         return_numpy
             Return an array instead of a table.
+        out
+            Where the values go: an array, the path of a zarr array, or a `pyrocell.data.Layer` or ``Obsm``.
 
         Returns
         -------
         DataFrame or ndarray
-            Cells by genes; an array ``(n_samples, n_cells, n_genes)`` if not averaged.
+            Cells by genes; an array ``(n_samples, n_cells, n_genes)`` if not averaged. With ``out``, what was
+            written to.
         """
         check_choice("velo_mode", velo_mode, ("spliced", "unspliced"))
         name = str(self.velocity_site) + ("" if velo_mode == "spliced" else "_unspliced")
         question = Question(self, adata, indices, features=gene_list, batch_size=batch_size)
-        values = self._kinetic(question, name, velo_statistic, n_samples, return_mean=return_mean)
         low, span = self._scale_of(velo_mode, question)
-        values *= span
-        if clip:
-            for place, cells in question.blocks():
-                there = columns_of(getattr(cells, velo_mode), question).cpu().numpy() * span + low
-                np.maximum(values[..., place, :], -there, out=values[..., place, :])
-        return values if return_numpy or values.ndim == 3 else question.table(values)
+
+        def finish(found: np.ndarray, cells: Cells) -> np.ndarray:
+            found = found * span
+            if not clip:
+                return found
+            there = columns_of(getattr(cells, velo_mode), question).cpu().numpy() * span + low
+            return np.maximum(found, -there)
+
+        values = self._kinetic(
+            question, name, velo_statistic, n_samples, return_mean=return_mean, finish=finish, out=out
+        )
+        return question.answer(values, out, return_numpy=return_numpy)
 
     @needs("velocity_site")
     def get_latent_time(
@@ -97,7 +108,8 @@ class Velocities(Queries):
         return_mean: bool = True,
         return_numpy: bool = False,
         batch_size: int | None = None,
-    ) -> pd.DataFrame | np.ndarray:
+        out: Out = None,
+    ) -> Any:
         """Return the time of each gene in each cell, from 0 to ``t_max``; each gene has a clock of its own.
 
         Parameters
@@ -115,17 +127,20 @@ class Velocities(Queries):
             Draws, and whether to average over them.
         return_numpy
             Return an array instead of a table.
+        out
+            Where the values go: an array, the path of a zarr array, or a `pyrocell.data.Layer` or ``Obsm``.
 
         Returns
         -------
         DataFrame or ndarray
-            Cells by genes; an array ``(n_samples, n_cells, n_genes)`` if not averaged.
+            Cells by genes; an array ``(n_samples, n_cells, n_genes)`` if not averaged. With ``out``, what was
+            written to.
         """
         check_choice("off_time", off_time, ("start", "end"))
         question = Question(self, adata, indices, features=gene_list, batch_size=batch_size)
         name = "latent_time" if off_time == "start" else "latent_time_end"
-        values = self._kinetic(question, name, time_statistic, n_samples, return_mean=return_mean)
-        return values if return_numpy or values.ndim == 3 else question.table(values)
+        values = self._kinetic(question, name, time_statistic, n_samples, return_mean=return_mean, out=out)
+        return question.answer(values, out, return_numpy=return_numpy)
 
     @needs("velocity_site")
     def get_expression_fit(
@@ -143,7 +158,7 @@ class Velocities(Queries):
         found = []
         for mode in ("spliced", "unspliced"):
             low, span = self._scale_of(mode, question)
-            fit = self._kinetic(question, f"fit_{mode}", "mean", n_samples, return_mean=True) * span + low
+            fit = self._kinetic(question, f"fit_{mode}", "mean", n_samples) * span + low
             found.append(fit if return_numpy else question.table(fit))
         return found[0], found[1]
 
@@ -180,9 +195,7 @@ class Velocities(Queries):
         question = Question(self, adata, indices, features=gene_list, batch_size=batch_size)
         chosen, question.features = question.features, None  # the last dimension is that of the states
         with self._decoded(n_samples):
-            values = question.array(
-                "pi", lambda draws: draws.value, n_samples=n_samples or 1, return_mean=True
-            )
+            values = question.values("pi", n_samples or 1)
         values = values if chosen is None else values[:, chosen]
         return (question.table(values.argmax(-1)) if hard_assignment else values), list(STATES)
 
@@ -250,13 +263,21 @@ class Velocities(Queries):
             yield
 
     def _kinetic(
-        self, question: Question, name: str, statistic: Statistic, n_samples: int | None, *, return_mean: bool
-    ) -> np.ndarray:
+        self,
+        question: Question,
+        name: str,
+        statistic: Statistic,
+        n_samples: int | None,
+        *,
+        return_mean: bool = True,
+        finish: Finish | None = None,
+        out: Out = None,
+    ) -> Any:
         check_choice("The statistic", statistic, ("mean", "max"))
         site = name if statistic == "mean" else f"{name}_max"
         with self._decoded(n_samples):
             n = 1 if n_samples is None else n_samples
-            return question.array(site, lambda draws: draws.value, n_samples=n, return_mean=return_mean)
+            return question.values(site, n, return_mean=return_mean, finish=finish, out=out)
 
     def _scale_of(self, field: str, question: Question) -> tuple[np.ndarray, np.ndarray]:
         """Return smallest value and range of the genes asked for, in the units of the layer."""

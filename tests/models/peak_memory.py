@@ -1,0 +1,45 @@
+"""How much memory one query takes at its peak, measured in a process of its own; Linux.
+
+``python -m tests.models.peak_memory MODEL DATA OUT`` loads an SCVI from the folder MODEL, asks for the denoised
+expression of all genes of the cells in the file DATA (backed), writes it to the zarr array OUT (``-`` for a table in
+memory), and prints how far the resident memory rose above what it was before, in bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident(which: str) -> int:
+    """Return ``VmRSS`` (now) or ``VmHWM`` (peak) of this process in bytes."""
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(which)]
+    return 1024 * int(line.split()[1])
+
+
+def main(model_folder: str, data: str, out: str) -> int:
+    """Return the rise in bytes."""
+    import anndata
+    import numpy as np
+    import torch
+
+    import pyrocell
+
+    torch.set_num_threads(1)
+    model = pyrocell.SCVI.load(model_folder)
+    adata = anndata.read_h5ad(data, backed="r")
+    first = np.arange(50)
+    model.get_normalized_expression(adata, indices=first, return_numpy=True)  # what is loaded once
+    if out != "-":
+        model.get_normalized_expression(adata, indices=first, out=f"{out}.first")
+    CLEAR.write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    result = model.get_normalized_expression(adata, out=None if out == "-" else out)
+    assert result.shape == adata.shape
+    return resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(main(*sys.argv[1:]))
