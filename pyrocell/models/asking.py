@@ -117,15 +117,13 @@ class Question:
         """Yield draws of the sites by blocks of cells and of draws; one trace for each circumstance."""
         if n_samples < 1:
             raise QueryError(f"n_samples is {n_samples}; expected at least 1.")
-        drawer = self.model.drawer()
+        drawer, decoding = self.model.drawer(), self._decoding(sites)
         n_at_once = max(1, min(n_samples, _BLOCK_NUMBERS // (_SMALLEST_BLOCK * self._n_wide)))
         for place, cells in self.blocks(self.block_size(n_at_once)):
             versions = [given(cells) for given in self.circumstances]
             for start in range(0, n_samples, n_at_once):
                 n = min(n_at_once, n_samples - start)
-                traces = drawer.block(
-                    cells, sites, n_samples=n, counterfactuals=versions, decoding=self._decoding(sites)
-                )
+                traces = drawer.block(cells, sites, n_samples=n, counterfactuals=versions, decoding=decoding)
                 yield place, slice(start, start + n), cells, traces
 
     def _restricts(self, sites: Sequence[str]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrocell.nn.normaliser import largest_and_sum
 from pyrocell.nn.products import linear
 
 __all__ = ["FeatureLinear", "select_features"]
@@ -55,25 +56,26 @@ class FeatureLinear(nn.Module):
         """Log-softmax over *all* features, at the chosen ones; float32 or wider."""
         if self.selected is None:
             return functional.log_softmax(_at_least_float32(self(h)), dim=-1)
-        return _at_least_float32(self(h)) - self._log_normaliser(h)
+        largest, total = self._normaliser(h)
+        return (_at_least_float32(self(h)) - largest) - total.log()
 
     def softmax(self, h: Tensor) -> Tensor:
         """Softmax over *all* features, at the chosen ones; float32 or wider."""
         if self.selected is None:
             return functional.softmax(_at_least_float32(self(h)), dim=-1)
-        return self.log_softmax(h).exp()
+        largest, total = self._normaliser(h)
+        return (_at_least_float32(self(h)) - largest).exp() / total
 
-    def _log_normaliser(self, h: Tensor) -> Tensor:
-        """Log of the sum over all features of exp(output), shape (..., 1), some cells at a time."""
+    def _normaliser(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest output m, and the sum over all features of exp(output - m), shape (..., 1) each.
+
+        Some cells at a time: cells by features are never stored.
+        """
         flat = h.reshape(-1, h.shape[-1])
         parts = flat.split(max(1, _BLOCK // self.n_features))
-        sums = [_logsumexp(_at_least_float32(linear(part, self.weight, self.bias))) for part in parts]
-        return torch.cat(sums).view(*h.shape[:-1], 1)
-
-
-def _logsumexp(x: Tensor) -> Tensor:
-    # On CPU log_softmax is one pass over the cache, and logsumexp several.
-    return x[..., :1] - functional.log_softmax(x, dim=-1)[..., :1]
+        found = [largest_and_sum(_at_least_float32(linear(part, self.weight, self.bias))) for part in parts]
+        largest, total = (torch.cat(halves).view(*h.shape[:-1], 1) for halves in zip(*found, strict=True))
+        return largest, total
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
