@@ -77,3 +77,11 @@ def test_links_between_pages_lead_somewhere():
 def test_the_page_of_the_diagnosis_runs():
     names = run([quick(block) for block in python_blocks("docs/user_guide/diagnosis.md")[:1]])
     assert len(names["found"].table) == 6
+
+
+def test_the_page_about_large_data_runs(tmp_path, monkeypatch):
+    pytest.importorskip("zarr")
+    monkeypatch.chdir(tmp_path)
+    names = run([quick(block) for block in python_blocks("docs/user_guide/large_data.md")])
+    assert (names["stored"][:] == names["adata"].layers["denoised_on_disk"]).all()
+    assert (names["draws"] > 0).all()
