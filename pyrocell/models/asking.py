@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Finish", "Question"]
 
 # A block of draws of this many numbers stays in the processor's cache; larger ones are slower, not faster.
-_BLOCK_NUMBERS = 2**20
+_BLOCK_NUMBERS = 2**21
 _SMALLEST_BLOCK = 16
 
 Extract = Callable[[SiteDraws], torch.Tensor]
