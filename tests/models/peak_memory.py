@@ -30,8 +30,8 @@ def main(model_folder: str, data: str, out: str) -> int:
     torch.set_num_threads(1)
     model = pyrocell.SCVI.load(model_folder)
     adata = anndata.read_h5ad(data, backed="r")
-    first = np.arange(50)
-    model.get_normalized_expression(adata, indices=first, return_numpy=True)  # what is loaded once
+    first = np.arange(min(9_000, adata.n_obs))  # several blocks: what is loaded and set aside once
+    model.get_normalized_expression(adata, indices=first, return_numpy=True)
     if out != "-":
         model.get_normalized_expression(adata, indices=first, out=f"{out}.first")
     CLEAR.write_text("5")  # the peak starts again from here
