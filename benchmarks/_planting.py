@@ -56,7 +56,8 @@ def make_study(task: str, seed: int) -> Study:
     if task.startswith("simulated"):
         return _simulated(task, rng, share=1.0 if task == "simulated every" else 0.1)
     folder = data_folder()
-    assert folder is not None
+    if folder is None:
+        raise SystemExit(f"the task {task!r} needs the real data: set PYROCELL_DATA to their folder")
     if task in ("ifnb", "muscat"):
         return _stimulation(folder / {"ifnb": "kang_ifnb_2800", "muscat": "kang_2donor_muscat"}[task], task)
     if task == "sorted cells":

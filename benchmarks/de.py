@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import venv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,20 @@ def _deseq_side(folder: Path, workers: Path) -> Side:
 
 
 def _sides(options: argparse.Namespace) -> list[Side]:
+    """Return the sides asked for; an environment is made only for one of them."""
     workers = Path(__file__).resolve().parent / "_workers"
     own = own_side()
-    found = [
-        Side("pyrocell", own.python, workers / "own_de.py", import_from=own.import_from),
-        Side("Wilcoxon", own.python, workers / "wilcoxon_de.py"),
-    ]
-    if not options.own_only:
-        peer = peer_side(options.peer_env)
-        found.append(Side("scvi-tools", peer.python, workers / "peer_de.py"))
-        found.append(_deseq_side(options.deseq_env, workers))
-    return [side for side in found if options.sides is None or side.name in options.sides.split(",")]
+    known: dict[str, Callable[[], Side]] = {
+        "pyrocell": lambda: Side("pyrocell", own.python, workers / "own_de.py", import_from=own.import_from),
+        "Wilcoxon": lambda: Side("Wilcoxon", own.python, workers / "wilcoxon_de.py"),
+        "scvi-tools": lambda: Side("scvi-tools", peer_side(options.peer_env).python, workers / "peer_de.py"),
+        "pydeseq2": lambda: _deseq_side(options.deseq_env, workers),
+    }
+    usual = ["pyrocell", "Wilcoxon"] if options.own_only else list(known)
+    asked = options.sides.split(",") if options.sides else usual
+    if unknown := set(asked) - set(known):
+        raise SystemExit(f"--sides knows {', '.join(known)}; not {', '.join(sorted(unknown))}")
+    return [known[name]() for name in asked]
 
 
 # ------------------------------------------------------------------------------------------------ scores
