@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import _runs
-from _cases import RealFile, read_real, simulate, write_case
+from _cases import Case, RealFile, read_real, simulate, write_case
 from _tables import quality_summary, quality_table
 
 
@@ -33,22 +33,20 @@ def _told(source: RealFile | None, options: argparse.Namespace) -> dict[str, Any
     return _runs.job(options, mode="quality", epochs=epochs, warmup=warmup)
 
 
+def _write(name: str, source: RealFile | None, folder: Path) -> Case:
+    return write_case(name, simulate(2000, 500) if source is None else read_real(source), folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; the exit status is 1 when a worker failed."""
     options = _options(arguments)
-    known = {} if options.quick else _runs.real_cases(options)
+    known: dict[str, RealFile | None] = {"small": None} if options.quick else {**_runs.real_cases(options)}
     seeds = [options.seed + repeat for repeat in range(options.repeats)]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        cases: dict[str, Any] = {}
-        for case in _runs.named(options.case, list(known), "--case"):
-            make = partial(lambda case: write_case(case, read_real(known[case]), folder), case)
-            cases[case] = (make, _told(known[case], options))
-        if options.quick:
-            cases["quick"] = (
-                lambda: write_case("quick", simulate(2000, 500), folder),
-                _told(None, options),
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        cases: dict[str, Any] = {
+            name: (partial(_write, name, known[name], Path(folder)), _told(known[name], options))
+            for name in _runs.named(options.case, list(known), "--case")
+        }
         if not cases:
             raise SystemExit("nothing to run on: set PYROCELL_DATA, or give --data")
         report = _runs.run_cases(

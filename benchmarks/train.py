@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import _runs
-from _cases import RealFile, read_real, simulate, write_case
+from _cases import Case, RealFile, read_real, simulate, write_case
 from _tables import TRAINING, summary, table
 
 
@@ -66,7 +66,7 @@ def _cases(options: argparse.Namespace) -> dict[str, TrainCase]:
     return {name: known[name] for name in _runs.named(options.case, list(known), "--case")}
 
 
-def _write(name: str, case: TrainCase, options: argparse.Namespace, folder: Path) -> Any:
+def _write(name: str, case: TrainCase, options: argparse.Namespace, folder: Path) -> Case:
     if isinstance(case.source, RealFile):
         return write_case(name, read_real(case.source), folder)
     n_cells, n_genes = (1000, case.source // 4) if options.quick else (10_000, case.source)
