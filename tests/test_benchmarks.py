@@ -117,6 +117,11 @@ def test_without_a_peer_the_check_is_skipped_by_name(check, monkeypatch, capsys,
     assert "skipped: the environment of scvi-tools could not be made" in capsys.readouterr().out
 
 
+def test_without_time_the_check_is_skipped_by_name(check, capsys, tmp_path):
+    assert check.main(["--limit", "100", "--json", str(tmp_path / "found.json")]) == 0
+    assert "s are left of 100, 120 are needed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("side", "failure", "status"),
     [
