@@ -80,15 +80,17 @@ def test_the_stored_values_are_those_that_the_check_measures(check):
 def run(check, monkeypatch, tmp_path):
     """Run the check with stored values, and with workers that take as long as told."""
 
-    def call(stored: dict[str, float], peer_seconds: list[float]) -> int:
+    def call(stored: dict[str, float], peer_seconds: list[float | None], repeats: int = 1) -> int:
         (tmp_path / "expected.json").write_text(json.dumps({"ratios": stored}))
         told = iter(peer_seconds)
 
         def pairs(case, sides, job, options):
-            return {"pyrocell": [result(seconds=1.0)], "scvi-tools": [result(seconds=next(told))]}
+            seconds = next(told)
+            peer = {"failure": "no result within 9 s"} if seconds is None else result(seconds=seconds)
+            return {"pyrocell": [result(seconds=1.0)], "scvi-tools": [peer]}
 
         monkeypatch.setattr(check._runs, "run_pairs", pairs)
-        arguments = ["--expected", str(tmp_path / "expected.json"), "--repeats", "1"]
+        arguments = ["--expected", str(tmp_path / "expected.json"), "--repeats", str(repeats)]
         return check.main([*arguments, "--json", str(tmp_path / "found.json")])
 
     return call
@@ -106,6 +108,13 @@ def test_a_ratio_that_fell_once_is_measured_again(check, run):
     stored = {metric.title: 3.0 for metric in check.METRICS}
     assert run(stored, [1.0, 2.9]) == 0
     assert run(stored, [1.0, 1.5]) == 1
+
+
+def test_a_ratio_that_fell_does_not_pass_for_want_of_time(check, run):
+    stored = {metric.title: 3.0 for metric in check.METRICS}
+    assert run(stored, [1.0, None]) == 1
+    assert run(stored, [3.0, None], repeats=2) == 0, "the first pair counts"
+    assert run(stored, [1.0, None, 1.0, None], repeats=2) == 1
 
 
 def test_without_a_peer_the_check_is_skipped_by_name(check, monkeypatch, capsys, tmp_path):
