@@ -73,6 +73,10 @@ def _write(name: str, case: TrainCase, options: argparse.Namespace, folder: Path
     return write_case(name, simulate(n_cells, n_genes), folder)
 
 
+def _show(targets: dict[str, float | None], name: str, _: Case, found: dict[str, Any]) -> None:
+    print(table(found["summary"], TRAINING, {"train_epoch": targets.get(name)}))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; the exit status is 1 when a worker failed."""
     options = _options(arguments)
@@ -87,9 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             cases,
             options,
             lambda _, runs: summary(runs, TRAINING),
-            lambda name, _, found: print(
-                table(found["summary"], TRAINING, {"train_epoch": chosen[name].target})
-            ),
+            partial(_show, {} if options.quick else {name: case.target for name, case in chosen.items()}),
         )
     return int(_runs.failed(report))
 
