@@ -120,13 +120,7 @@ def _interferon(study: Study, answer: dict[str, np.ndarray]) -> dict[str, float]
     }
 
 
-def _scores(
-    task: str, study: Study, answer: dict[str, np.ndarray], cost: dict[str, float]
-) -> dict[str, dict[str, float]]:
-    if task == "time":
-        rows = float(answer[f"{task}|rows"][0])
-        names = {"seconds": "questions", "seconds of processors": "processor", "MiB more": "MiB"}
-        return {task: {name: cost[key] for name, key in names.items()} | {"rows of the table": rows}}
+def _scores(task: str, study: Study, answer: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     if task == "null":
         return {f"null, {kind}": _nulls(answer, kind) for kind in ("cells", "donors")}
     if task in ("ifnb", "muscat"):
@@ -148,7 +142,6 @@ def _run(task: str, seed: int, sides: list[Side], options: argparse.Namespace) -
             job = {"data": f"{folder}/cells.h5ad", "out": f"{folder}/{side.name}.npz", "seed": seed}
             job |= {
                 "questions": study.questions,
-                "against_rest": study.against_rest,
                 "epochs": options.epochs,
                 "threads": options.threads,
             }
@@ -158,7 +151,7 @@ def _run(task: str, seed: int, sides: list[Side], options: argparse.Namespace) -
                 found[side.name] = result
                 continue
             with np.load(job["out"]) as answer:
-                scores = _scores(task, study, dict(answer), result)
+                scores = _scores(task, study, dict(answer))
             found[side.name] = {"seconds": result, "scores": scores}
             for row, values in scores.items():
                 line = "; ".join(f"{name} {value:.3f}" for name, value in values.items())
@@ -199,7 +192,7 @@ def main() -> int:
     options = _options()
     sides, report = _sides(options), []
     for task in options.tasks.split(","):
-        planted = task not in ("null", "ifnb", "muscat", "time")
+        planted = task not in ("null", "ifnb", "muscat")
         for seed in range(options.seeds if planted else 1):
             report.append(_run(task, seed, sides, options))
             options.json.write_text(json.dumps(report, indent=1))
