@@ -179,7 +179,10 @@ def test_known_labels_are_kept_in_draws(trained):
 
 
 def test_queries_of_scvi(trained):
-    few = {"idx1": np.arange(8), "idx2": np.arange(8, 16)}  # importance weights ask for the evidence of each cell
+    few = {
+        "idx1": np.arange(8),
+        "idx2": np.arange(8, 16),
+    }  # importance weights ask for the evidence of each cell
     for weights in ("uniform", "importance"):
         options = pyrocell.DifferentialOptions(weights=weights)
         table = trained.differential_expression(**few, mode="change", options=options)
