@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,17 @@ def _has_requirements(python: Path) -> bool:
     return python.exists() and subprocess.run([python, "-c", code], capture_output=True).returncode == 0
 
 
-def peer_side(folder: Path) -> Side:
-    """Return the scvi-tools side, after making its environment where it does not exist yet."""
+def peer_side(folder: Path, *, timeout: float | None = None) -> Side:
+    """Return the scvi-tools side, after making its environment, in so many seconds, where it does not exist yet."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not _has_requirements(python):
         print(f"making the environment of scvi-tools in {folder} (once; some minutes)", file=sys.stderr)
         venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+        end = None if timeout is None else time.monotonic() + timeout
         for requirement in PEER_REQUIREMENTS:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", requirement], check=True)
+            left = None if end is None else max(end - time.monotonic(), 0.0)
+            command = [python, "-m", "pip", "install", "--quiet", requirement]
+            subprocess.run(command, check=True, timeout=left)
     return Side("scvi-tools", python, _HERE / "_workers" / "peer.py")
 
 

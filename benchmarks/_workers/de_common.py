@@ -18,8 +18,7 @@ from common import RESULT
 __all__ = ["answer_all"]
 
 Answer = dict[str, np.ndarray]
-"""``lfc``, ``score`` (the larger, the surer) and ``called``, in the order of the genes; of groups against the rest,
-their number of ``rows`` alone."""
+"""``lfc``, ``score`` (the larger, the surer) and ``called``, in the order of the genes."""
 
 
 def answer_all(prepare: Callable[[anndata.AnnData, dict[str, Any]], Callable[..., Answer]]) -> None:

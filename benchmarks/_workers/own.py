@@ -39,7 +39,8 @@ class Own:
         self._model_class.setup_anndata(adata, batch_key="batch")
         self._model = self._model_class(
             adata,
-            gene_likelihood="nb",
+            gene_likelihood=job.gene_likelihood,
+            dispersion=job.dispersion,
             n_latent=job.n_latent,
             n_hidden=job.n_hidden,
             n_layers=job.n_layers,
@@ -61,9 +62,13 @@ class Own:
         """Normalised expression of all genes or of those named."""
         return self._model.get_normalized_expression(gene_list=genes)
 
-    def differential(self, group: str | None = None) -> Any:
-        """One group, or every group, against the rest."""
-        return self._model.differential_expression(groupby="group", group1=group, mode="change")
+    def differential(self) -> Any:
+        """Every group against the rest."""
+        return self._model.differential_expression(groupby="group", mode="change")
+
+    def population_differential(self) -> Any:
+        """Every group against the rest, of means of groups: the default here, which the other side does not know."""
+        return self._model.differential_expression(groupby="group")
 
     def elbo(self, rows: np.ndarray) -> float:
         """Mean bound per cell."""

@@ -20,8 +20,6 @@ def prepare(adata: anndata.AnnData, job: dict[str, Any]) -> Callable[..., dict[s
     model.train(job["epochs"])
 
     def ask(column: str, sample_key: str | None) -> dict[str, np.ndarray]:
-        if job["against_rest"]:
-            return {"rows": np.array([len(model.differential_expression(groupby=column))])}
         options = pyrocell.DifferentialOptions(sample_key=sample_key)
         table = model.differential_expression(groupby=column, group1="A", group2="B", options=options)
         table = table.loc[adata.var_names]

@@ -41,7 +41,8 @@ class Peer:
         self._scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
         self._model = self._scvi.model.SCVI(
             adata,
-            gene_likelihood="nb",
+            gene_likelihood=job.gene_likelihood,
+            dispersion=job.dispersion,
             n_latent=job.n_latent,
             n_hidden=job.n_hidden,
             n_layers=job.n_layers,
@@ -85,10 +86,9 @@ class Peer:
         """Normalised expression of all genes or of those named."""
         return self._model.get_normalized_expression(gene_list=genes)
 
-    def differential(self, group: str | None = None) -> Any:
-        """One group, or each in turn, against the rest."""
-        named = None if group is None else [group]
-        return self._model.differential_expression(groupby="group", group1=named, mode="change", silent=True)
+    def differential(self) -> Any:
+        """Each group in turn against the rest."""
+        return self._model.differential_expression(groupby="group", mode="change", silent=True)
 
     def elbo(self, rows: np.ndarray) -> float:
         """Mean bound per cell."""

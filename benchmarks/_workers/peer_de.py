@@ -21,9 +21,6 @@ def prepare(adata: anndata.AnnData, job: dict[str, Any]) -> Callable[..., dict[s
     model.train(max_epochs=job["epochs"], accelerator="cpu", plan_kwargs=plan, **quiet)
 
     def ask(column: str, sample_key: str | None) -> dict[str, np.ndarray]:
-        if job["against_rest"]:
-            table = model.differential_expression(groupby=column, mode="change", silent=True)
-            return {"rows": np.array([len(table)])}
         table = model.differential_expression(
             groupby=column, group1="A", group2="B", mode="change", silent=True
         ).loc[adata.var_names]

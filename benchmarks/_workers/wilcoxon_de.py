@@ -17,9 +17,6 @@ def prepare(adata: anndata.AnnData, job: dict[str, Any]) -> Callable[..., dict[s
     scanpy.pp.log1p(adata)
 
     def ask(column: str, sample_key: str | None) -> dict[str, np.ndarray]:
-        if job["against_rest"]:
-            scanpy.tl.rank_genes_groups(adata, column, method="wilcoxon")
-            return {"rows": np.array([len(scanpy.get.rank_genes_groups_df(adata, None))])}
         cells = adata[adata.obs[column].isin(["A", "B"])].copy()
         cells.obs[column] = cells.obs[column].astype(str).astype("category")
         scanpy.tl.rank_genes_groups(cells, column, groups=["A"], reference="B", method="wilcoxon")

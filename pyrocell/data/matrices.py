@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from pyrocell.distributions.compiled import positions_of_rows
 from pyrocell.errors import DataError, PyrocellWarning
 
 __all__ = ["Entries", "MatrixReader", "by_column", "open_matrix", "with_absent"]
@@ -143,13 +144,6 @@ def _without_zeros(rows: np.ndarray, cols: np.ndarray, values: np.ndarray) -> En
     )
 
 
-def _gather(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the positions ``starts[i] + (0 .. lengths[i] - 1)`` for each i, one after the other."""
-    ends = np.cumsum(lengths)
-    n_entries = int(ends[-1]) if len(ends) else 0
-    return np.arange(n_entries) + np.repeat(starts - (ends - lengths), lengths)
-
-
 class _Sparse(MatrixReader):
     """CSR in memory: the user's own matrix where its columns need no change."""
 
@@ -159,13 +153,10 @@ class _Sparse(MatrixReader):
 
     def entries(self, rows: np.ndarray) -> Entries:
         there = rows if self._rows is None else self._rows[rows]
-        starts = self._matrix.indptr[there].astype(np.int64)
-        lengths = self._matrix.indptr[there + 1] - starts
-        chosen = _gather(starts, lengths)  # a third of the time of indexing the matrix
+        starts, ends = (self._matrix.indptr[ends].astype(np.int64) for ends in (there, there + 1))
+        found, chosen = positions_of_rows(starts, ends)  # a sixth of the time of indexing the matrix
         cols = self._matrix.indices[chosen].astype(np.int64)
-        return _without_zeros(
-            np.repeat(np.arange(len(rows)), lengths), cols, _numbers(self._matrix.data[chosen])
-        )
+        return _without_zeros(found, cols, _numbers(self._matrix.data[chosen]))
 
 
 def _entries_of_dense(dense: np.ndarray) -> Entries:
@@ -240,11 +231,9 @@ class _SparseOnDisk(_OnDisk):
     def _read_rows(self, unique: np.ndarray, inverse: np.ndarray) -> Entries:
         starts, ends = self._indptr[unique], self._indptr[unique + 1]
         runs, local = _runs(starts, ends, self._gap)
-        lengths = (ends - starts)[inverse]
-        chosen = _gather(local[inverse], lengths)
+        rows, chosen = positions_of_rows(local[inverse], (local + ends - starts)[inverse])
         cols = _read(self._indices, runs)[chosen].astype(np.int64)
         values = _numbers(_read(self._data, runs)[chosen])
-        rows = np.repeat(np.arange(len(inverse)), lengths)
         if self._new_col is not None:
             cols = self._new_col[cols]
             rows, cols, values = rows[cols >= 0], cols[cols >= 0], values[cols >= 0]

@@ -13,7 +13,15 @@ import numpy as np
 
 from pyrocell.distributions.elementary import compiled, exp, log1p, minus_expm1
 
-__all__ = ["LOG_RATIO_LIMIT", "LOG_THETA_RANGE", "negative_binomial", "ordered_by_column", "poisson"]
+__all__ = [
+    "LOG_RATIO_LIMIT",
+    "LOG_THETA_RANGE",
+    "negative_binomial",
+    "ordered_by_column",
+    "poisson",
+    "positions_of_rows",
+    "row_by_row",
+]
 
 Array = np.ndarray
 Number = Any  # float32 or float64: the compiler tells them apart, and knows nothing of annotations
@@ -340,3 +348,41 @@ def ordered_by_column(
             rows[place], ordered[place] = row, values[i]
             ends[cols[i]] = place + 1
     return begins, rows, ordered
+
+
+@compiled
+def row_by_row(rows: Array, cols: Array, n_rows: int, n_columns: int) -> tuple[Array, Array, bool]:
+    """Place entries in the flattened array: their positions, where each row begins, and whether they were in order.
+
+    In order means row by row, by column in each, without repeats, and inside of the array.
+    """
+    flat, bounds = np.empty(rows.shape[0], dtype=np.int64), np.empty(n_rows + 1, dtype=np.int64)
+    last, begun = -1, 0
+    for i in range(rows.shape[0]):
+        row, column = rows[i], cols[i]
+        flat[i] = row * n_columns + column
+        if row < 0 or row >= n_rows or column < 0 or column >= n_columns or flat[i] <= last:
+            return flat, bounds, False
+        last = flat[i]
+        while begun <= row:
+            bounds[begun] = i
+            begun += 1
+    while begun <= n_rows:
+        bounds[begun] = rows.shape[0]
+        begun += 1
+    return flat, bounds, True
+
+
+@compiled
+def positions_of_rows(starts: Array, ends: Array) -> tuple[Array, Array]:
+    """Return the row of each entry and its position, ``starts[row]`` to ``ends[row] - 1``, one row after the other."""
+    n = 0
+    for row in range(starts.shape[0]):
+        n += ends[row] - starts[row]
+    rows, positions = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
+    n = 0
+    for row in range(starts.shape[0]):
+        for position in range(starts[row], ends[row]):
+            rows[n], positions[n] = row, position
+            n += 1
+    return rows, positions

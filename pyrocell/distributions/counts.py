@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrocell.distributions.compiled import ordered_by_column
+from pyrocell.distributions.compiled import ordered_by_column, row_by_row
 
 __all__ = ["NonZeros", "attach_nonzeros", "log1p_counts", "working_dtype"]
 
@@ -45,6 +45,8 @@ class NonZeros:
         Size of the counts.
     rows, cols : Tensor, optional
         ``flat // n_columns`` and ``flat % n_columns``, when they are at hand.
+    bounds : ndarray, optional
+        Where each row begins among the entries, and where the last one ends, int64, when it is at hand.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class NonZeros:
         n_columns: int,
         rows: Tensor | None = None,
         cols: Tensor | None = None,
+        bounds: np.ndarray | None = None,
     ) -> None:
         self.flat = flat
         self.values = values
@@ -65,6 +68,8 @@ class NonZeros:
             self.rows = rows
         if cols is not None:
             self.cols = cols
+        if bounds is not None:
+            self._bounds = bounds
 
     @cached_property
     def rows(self) -> Tensor:
@@ -139,7 +144,13 @@ class NonZeros:
     def with_values(self, values: Tensor) -> NonZeros:
         """Index other values, shape (n_nonzero,), at the same positions."""
         return NonZeros(
-            self.flat, values, n_rows=self.n_rows, n_columns=self.n_columns, rows=self.rows, cols=self.cols
+            self.flat,
+            values,
+            n_rows=self.n_rows,
+            n_columns=self.n_columns,
+            rows=self.rows,
+            cols=self.cols,
+            bounds=self._bounds,
         )
 
 
@@ -175,21 +186,15 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
         stored = values != 0
         rows, cols, values = rows[stored], cols[stored], values[stored]
     n_rows, n_columns = x.shape
-    flat = torch.add(cols, rows, alpha=n_columns)
-    _check_positions(flat, cols, n_rows, n_columns)
-    return NonZeros(flat, values, n_rows=n_rows, n_columns=n_columns, rows=rows, cols=cols).attach_to(x)
-
-
-def _check_positions(flat: Tensor, cols: Tensor, n_rows: int, n_columns: int) -> None:
-    """Raise unless positions ascend inside of the counts: the loops that read them look no further."""
-    if len(flat) == 0:
-        return
-    ascends = bool((flat[1:] > flat[:-1]).all()) and int(flat[0]) >= 0 and int(flat[-1]) < n_rows * n_columns
-    if not ascends or int(cols.min()) < 0 or int(cols.max()) >= n_columns:
+    flat, bounds, in_order = row_by_row(rows.numpy(), cols.numpy(), n_rows, n_columns)
+    if not in_order:
         raise ValueError(
             f"rows and cols do not go through the {n_rows} x {n_columns} counts row by row, by column in each, without"
             " repeats; sort them, and sum entries of the same position"
         )
+    positions = torch.from_numpy(flat)
+    size = {"n_rows": n_rows, "n_columns": n_columns}
+    return NonZeros(positions, values, **size, rows=rows, cols=cols, bounds=bounds).attach_to(x)
 
 
 def log1p_counts(x: Tensor) -> Tensor:

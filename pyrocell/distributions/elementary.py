@@ -35,12 +35,13 @@ def _cache_folder() -> str:
 @contextmanager
 def _kept_with_the_user() -> Iterator[None]:
     """Let Numba keep what it compiles in our folder, unless the user has named one; other packages keep their own."""
-    chosen = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = chosen or _cache_folder()
+    config: Any = numba.config  # its entries are made when it is imported
+    chosen = config.CACHE_DIR
+    config.CACHE_DIR = chosen or _cache_folder()
     try:
         yield
     finally:
-        numba.config.CACHE_DIR = chosen
+        config.CACHE_DIR = chosen
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

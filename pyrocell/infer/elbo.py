@@ -256,8 +256,9 @@ def _kl(site: Site, guide_site: Site, *, analytic: bool) -> torch.Tensor:
         try:
             kl = kl_divergence(guide_site["fn"], site["fn"])
             # A prior that depends on an enumerated site has the classes in a dimension of its own, left of the guide's.
-            shape = torch.broadcast_shapes(kl.shape, guide_site["fn"].batch_shape)
-            return scale_and_mask(kl.expand(shape), mask=guide_site["mask"])
+            if kl.shape != guide_site["fn"].batch_shape:
+                kl = kl.expand(torch.broadcast_shapes(kl.shape, guide_site["fn"].batch_shape))
+            return scale_and_mask(kl, mask=guide_site["mask"])
         except NotImplementedError:  # no closed form registered for this pair
             pass
     return log_prob(guide_site) - log_prob(site)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyrocell.errors import TrainingError
+from pyrocell.infer.adam import Adam
 
 __all__ = ["TrainingPlan"]
 
@@ -155,7 +156,7 @@ class TrainingPlan:
         groups = [group for group in groups if group["params"]]
         if callable(self.optimizer):
             return self.optimizer([{"params": group["params"]} for group in groups])
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        kind = Adam if self.optimizer == "adam" else torch.optim.AdamW
         fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
         return kind(groups, lr=lr, betas=self.betas, fused=fused)
 
