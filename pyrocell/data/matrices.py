@@ -137,6 +137,16 @@ def _numbers(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float32, copy=False)
 
 
+def _check_bounds(bounds: np.ndarray) -> None:
+    """Refuse a damaged sparse matrix: the loops that read rows look no further."""
+    backwards = np.flatnonzero(bounds[1:] < bounds[:-1])
+    if len(backwards):
+        raise DataError(
+            f"A sparse matrix is damaged: its row {backwards[0]} ends before it begins (indptr does not ascend). Read "
+            "its file again from where it came, or rebuild the matrix."
+        )
+
+
 def _without_zeros(rows: np.ndarray, cols: np.ndarray, values: np.ndarray) -> Entries:
     stored = values != 0
     return (
@@ -148,6 +158,7 @@ class _Sparse(MatrixReader):
     """CSR in memory: the user's own matrix where its columns need no change."""
 
     def __init__(self, matrix: Any, rows: np.ndarray | None) -> None:
+        _check_bounds(matrix.indptr)
         self._matrix, self._rows = matrix, rows
         self.n_rows, self.n_cols = matrix.shape if rows is None else (len(rows), matrix.shape[1])
 
@@ -222,6 +233,7 @@ class _SparseOnDisk(_OnDisk):
         super().__init__(matrix.shape, rows, cols)
         self._data, self._indices = matrix.group["data"], matrix.group["indices"]
         self._indptr = np.asarray(matrix.group["indptr"][:], dtype=np.int64)
+        _check_bounds(self._indptr)
         self._gap = _GAP_BYTES // (self._data.dtype.itemsize + self._indices.dtype.itemsize)
         self._new_col: np.ndarray | None = None
         if cols is not None:

@@ -378,7 +378,7 @@ def positions_of_rows(starts: Array, ends: Array) -> tuple[Array, Array]:
     """Return the row of each entry and its position, ``starts[row]`` to ``ends[row] - 1``, one row after the other."""
     n = 0
     for row in range(starts.shape[0]):
-        n += ends[row] - starts[row]
+        n += max(0, ends[row] - starts[row])
     rows, positions = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
     n = 0
     for row in range(starts.shape[0]):

@@ -160,7 +160,7 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
     Parameters
     ----------
     x : Tensor
-        Dense counts, shape (n_rows, n_columns).
+        Dense counts on the CPU, shape (n_rows, n_columns).
     rows, cols, values : Tensor or array
         Each shape (n_nonzero,): the entries row by row, and by column in each, each position at most once. Stored zeros
         are dropped.

@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numba
@@ -21,23 +22,32 @@ F, I = np.float32, np.int32  # noqa: E741
 
 
 @cache
-def _cache_folder() -> str:
-    """Where compiled code is kept: in the user's cache folder, by the state of the sources.
+def _cache_folder() -> Path | None:
+    """Where compiled code is kept, by the state of the sources; None where nothing can be written.
 
-    Beside the package it would outlive the package: pip leaves files that it did not install, and the folder that they
-    keep alive hides an installation from source. Numba itself asks only the file of a function whether it has changed.
+    That is in the user's cache folder. Beside the package, Numba's own choice, it would outlive the package: pip leaves
+    files that it did not install, and the folder that they keep alive hides a later installation from source. Numba
+    itself asks only the file of a function whether it has changed.
     """
-    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("elementary", "compiled"))
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(user) / "pyrocell" / f"compiled-{hashlib.sha256(b''.join(sources)).hexdigest()[:16]}")
+    config: Any = numba.config  # its entries are made when it is imported
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyrocell"
+    try:
+        sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("elementary", "compiled"))
+        digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+        folder = Path(config.CACHE_DIR or user) / f"compiled-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError:
+        return None
+    return folder
 
 
 @contextmanager
-def _kept_with_the_user() -> Iterator[None]:
-    """Let Numba keep what it compiles in our folder, unless the user has named one; other packages keep their own."""
-    config: Any = numba.config  # its entries are made when it is imported
-    chosen = config.CACHE_DIR
-    config.CACHE_DIR = chosen or _cache_folder()
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Let Numba keep what it compiles in a folder; other packages keep their own."""
+    config: Any = numba.config
+    chosen, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
         yield
     finally:
@@ -48,15 +58,30 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function on its first call, to run without Python's lock.
 
     NaN and infinity keep their meaning, and sums their order: nothing is reassociated. What was compiled is kept for
-    later processes, where there is a place for it; numba would refuse the function if there is none.
+    later processes, where there is a place for it.
     """
     make = partial(numba.njit, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"})
+    folder = _cache_folder()
+    if folder is None:
+        return make()(function)
     try:
-        with _kept_with_the_user():
-            made: Callable[..., Any] = make(cache=True)(function)
-    except RuntimeError:
-        made = make()(function)
+        with _kept_in(folder):
+            made = make(cache=True)(function)
+    except RuntimeError:  # Numba finds no place for it
+        return make()(function)
+    _forgive_a_full_disk(made)
     return made
+
+
+def _forgive_a_full_disk(made: Any) -> None:
+    """Let a function that was compiled be used, also where it cannot be kept."""
+    save = made._cache.save_overload
+
+    def save_if_possible(*what: Any) -> None:
+        with suppress(OSError):
+            save(*what)
+
+    made._cache.save_overload = save_if_possible
 
 
 _UNDERFLOW, _OVERFLOW = F(-87.0), F(88.0)

@@ -40,7 +40,7 @@ class Adam(torch.optim.Adam):
         complete = all(len(row) == len(group.parameters) for row, group in zip(grads, groups, strict=True))
         if closure is not None or not groups or not complete:
             self._settle()
-            return super().step(closure)
+            return _step_of_torch(self, closure)
         for group, row in zip(groups, grads, strict=True):
             _take(group, row)
         return None
@@ -50,9 +50,14 @@ class Adam(torch.optim.Adam):
         self._settle()
         return super().state_dict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold; see `torch.optim.Optimizer`."""
+        self._settle()
+        return super().__getstate__()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state over; see `torch.optim.Optimizer.load_state_dict`."""
-        self._gathered = None
+        self._settle()  # a state that is refused changes nothing
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -75,6 +80,12 @@ class Adam(torch.optim.Adam):
             for parameter in group.parameters:
                 self.state[parameter]["step"].copy_(group.steps)
         self._gathered = None
+
+
+def _step_of_torch(optimizer: Adam, closure: Callable[[], Any] | None) -> Any:
+    """Take torch's own step; its hooks run around ours already, which torch wraps like its own."""
+    step: Any = torch.optim.Adam.step
+    return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, closure)
 
 
 def _gather(options: dict[str, Any], state: Any) -> _Group | None:

@@ -171,3 +171,20 @@ def test_a_lazy_array_is_refused():
 
     with pytest.raises(DataError, match="is a Lazy"):
         open_matrix(Lazy())
+
+
+@pytest.mark.parametrize("there", ["memory", "file"])
+def test_a_row_that_ends_before_it_begins_is_refused(there, tmp_path):
+    """Compiled loops would read past the end of the matrix."""
+    x = sp.random(20, 8, 0.5, format="csr", dtype=np.float32, random_state=0)
+    if there == "memory":
+        x.indptr[5] = x.indptr[7] + 1
+        opened = x
+    else:
+        adata = anndata.AnnData(x)
+        adata.write_h5ad(tmp_path / "damaged.h5ad")
+        with h5py.File(tmp_path / "damaged.h5ad", "r+") as file:
+            file["X/indptr"][5] = file["X/indptr"][7] + 1
+        opened = anndata.read_h5ad(tmp_path / "damaged.h5ad", backed="r").X
+    with pytest.raises(DataError, match="its row 5 ends before it begins"):
+        open_matrix(opened)

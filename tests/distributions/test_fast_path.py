@@ -164,17 +164,40 @@ def test_functions_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyP
     assert twice(2.0) == 4.0
 
 
+PACKAGE = Path(elementary.__file__).parent
+ASK = "import numpy as np, elementary; print(elementary.exp(np.float32(1)))"
+
+
+def in_a_new_process(code: str, **environment: str) -> str:
+    """Run code that finds `elementary` alone, without torch, and return what it prints."""
+    inherited = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    told = inherited | {"PYTHONPATH": str(PACKAGE)} | environment
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, env=told, capture_output=True, text=True
+    ).stdout
+
+
 def test_compiled_code_is_kept_with_the_user_and_not_beside_the_package(tmp_path: Path) -> None:
     """A folder that pip cannot remove hides an installation from source that follows it."""
-    code = "import numpy as np; from pyrocell.distributions.elementary import exp; print(exp(np.float32(0)))"
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | {
-        "XDG_CACHE_HOME": str(tmp_path)
-    }
-    package = Path(elementary.__file__).parent
-    before = set(package.rglob("*.nb?"))
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    before = set(PACKAGE.rglob("*.nb?"))
+    in_a_new_process(ASK, XDG_CACHE_HOME=str(tmp_path))
     assert list(tmp_path.glob("pyrocell/compiled-*/**/*.nbc"))
-    assert set(package.rglob("*.nb?")) == before
+    in_a_new_process(ASK, XDG_CACHE_HOME=str(tmp_path), NUMBA_CACHE_DIR=str(tmp_path / "chosen"))
+    assert list(tmp_path.glob("chosen/compiled-*/**/*.nbc"))
+    nowhere = tmp_path / "file"
+    nowhere.touch()
+    assert in_a_new_process(ASK, XDG_CACHE_HOME=str(nowhere)).startswith("2.718")
+    assert set(PACKAGE.rglob("*.nb?")) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are those of POSIX")
+def test_functions_run_where_the_disk_is_full(tmp_path: Path) -> None:
+    limits = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); "
+    )
+    assert in_a_new_process(limits + ASK, XDG_CACHE_HOME=str(tmp_path)).startswith("2.718")
+    assert not list(tmp_path.rglob("*.nbc"))
 
 
 def test_elementary_functions_to_the_last_digits() -> None:

@@ -56,7 +56,7 @@ def take(pair: tuple[Adam, torch.optim.Adam], steps: range, *, without: int | No
 
 def test_steps_are_those_of_torch(pair: tuple[Adam, torch.optim.Adam]) -> None:
     take(pair, range(5))
-    assert pair[0]._groups()  # the direct step was taken
+    assert pair[0]._gathered is not None  # the direct step was taken
     assert_same(*pair)
 
 
@@ -114,3 +114,21 @@ def test_a_closure_is_called(pair: tuple[Adam, torch.optim.Adam]) -> None:
         losses.append(optimizer.step(closure))
     assert losses[0] == losses[1]
     assert_same(*pair)
+
+
+def test_copies_and_refused_states_keep_the_count_of_steps(pair: tuple[Adam, torch.optim.Adam]) -> None:
+    take(pair, range(5))
+    copied = deepcopy(pair[0])
+    assert {float(state["step"]) for state in copied.state.values()} == {5.0}
+    take(pair, range(5, 7))
+    with pytest.raises(ValueError, match="parameter group"):
+        pair[0].load_state_dict({"state": {}, "param_groups": []})
+    assert_same(*pair)
+
+
+def test_hooks_run_once_a_step(pair: tuple[Adam, torch.optim.Adam]) -> None:
+    ran: list[int] = []
+    pair[0].register_step_post_hook(lambda *_: ran.append(1))
+    take(pair, range(3))
+    take(pair, range(3, 5), without=0)
+    assert len(ran) == 5
