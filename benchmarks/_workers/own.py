@@ -50,7 +50,11 @@ class Own:
         """Fit on the given cells, without validation."""
         plan = self._pyrocell.TrainingPlan(train_indices=train, validation_indices=validation)
         self._model.train(
-            max_epochs=job.epochs, n_epochs_kl_warmup=job.warmup, batch_size=job.batch_size, plan=plan
+            max_epochs=job.epochs,
+            lr=1e-3,  # that of scvi-tools, for all steps
+            n_epochs_kl_warmup=job.warmup,
+            batch_size=job.batch_size,
+            plan=plan,
         )
         return [float(seconds) for seconds in self._model.history["seconds"]]
 

@@ -17,7 +17,7 @@ def prepare(adata: anndata.AnnData, job: dict[str, Any]) -> Callable[..., dict[s
     pyrocell.settings.progress, pyrocell.settings.seed = False, job["seed"]
     pyrocell.SCVI.setup_anndata(adata)
     model = pyrocell.SCVI(adata, gene_likelihood="nb")
-    model.train(job["epochs"])
+    model.train(job["epochs"], lr=1e-3)  # that of scvi-tools
 
     def ask(column: str, sample_key: str | None) -> dict[str, np.ndarray]:
         options = pyrocell.DifferentialOptions(sample_key=sample_key)

@@ -19,7 +19,7 @@ def labels(adata: anndata.AnnData, epochs: int) -> Answer:
     """Train SCVI, then SCANVI from it; tell probabilities of the labels, and SCVI's latent."""
     pyrocell.SCVI.setup_anndata(adata, batch_key="batch")
     scvi = pyrocell.SCVI(adata)
-    scvi.train(epochs)
+    scvi.train(epochs, lr=1e-3)  # that of scvi-tools
     model = pyrocell.SCANVI.from_scvi_model(scvi, unlabeled_category="unknown", labels_key="label")
     model.train()
     table = model.predict(soft=True)

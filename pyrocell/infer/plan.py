@@ -60,6 +60,10 @@ class TrainingPlan:
     patience, min_delta
         Early stopping: epochs without an improvement of the validation ELBO by more than ``min_delta`` nats per
         cell. Counting starts when warm-up is over.
+    lr_decay
+        Part of training, at its end, over which the learning rate falls to zero on a straight line, step by step: from
+        0 (never) to 1 (all of it). None: the class's ``default_lr_decay`` where ``lr`` is left out of `train` too, else
+        never, so that a learning rate that is given is kept. With it, a checkpoint belongs to one ``max_epochs``.
     lr_plateau, lr_factor, lr_patience, lr_min
         Multiply the learning rate by ``lr_factor`` after ``lr_patience`` epochs without improvement.
     precision
@@ -93,6 +97,7 @@ class TrainingPlan:
     validate_every: int | None = None
     patience: int = 45
     min_delta: float = 0.0
+    lr_decay: float | None = None
     lr_plateau: bool = False
     lr_factor: float = 0.6
     lr_patience: int = 30
@@ -121,6 +126,12 @@ class TrainingPlan:
             raise TrainingError(
                 f"KL weights go from {self.min_kl_weight} to {self.max_kl_weight}; expected 0 <= min_kl_weight <= "
                 "max_kl_weight."
+            )
+        if self.lr_decay is not None and not 0 <= self.lr_decay <= 1:
+            raise TrainingError(f"lr_decay is {self.lr_decay}; expected a part of training, from 0 to 1.")
+        if self.lr_decay and self.lr_plateau:
+            raise TrainingError(
+                f"lr_decay is {self.lr_decay} and lr_plateau is on; both lower the learning rate. Choose one of them."
             )
         for name in ("validate_every", "patience", "lr_patience", "checkpoint_every", "max_bad_steps"):
             value = getattr(self, name)
@@ -194,7 +205,8 @@ class TrainingPlan:
     def decisive(self) -> dict[str, Any]:
         """Return the options that decide how training goes, as plain values: what a checkpoint must agree in."""
         other = {"checkpoint", "checkpoint_every", "max_bad_steps", "record_step", "hash_data"}
-        other |= {"train_indices", "validation_indices"}
+        # Where the learning rate falls, `schedule.Decay` says so, together with the number of epochs.
+        other |= {"train_indices", "validation_indices", "lr_decay"}
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in other}
         record["betas"] = list(self.betas)
         record["optimizer"] = self.optimizer if isinstance(self.optimizer, str) else "custom"

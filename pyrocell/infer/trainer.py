@@ -19,6 +19,7 @@ from pyrocell.infer.guard import FiniteGuard, report_skipped, warn_of_skipped
 from pyrocell.infer.interruption import Interruption
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.infer.progress import ProgressBar
+from pyrocell.infer.schedule import Decay, make_plateau
 from pyrocell.infer.streams import RandomStream, seeded
 from pyrocell.infer.tally import Tally
 
@@ -50,6 +51,8 @@ class Trainer:
         Epochs until the KL weight is full.
     early_stopping
         Whether to stop on a stale validation ELBO and restore the best weights.
+    steps_per_epoch
+        Minibatches of an epoch.
     """
 
     def __init__(
@@ -64,27 +67,24 @@ class Trainer:
         max_epochs: int,
         n_epochs_kl_warmup: int,
         early_stopping: bool,
+        steps_per_epoch: int,
     ) -> None:
         self.elbo, self.module, self.plan = elbo, module, plan
         self.stream, self.shuffle = stream, shuffle
-        self.max_epochs, self.n_epochs_kl_warmup = max_epochs, n_epochs_kl_warmup
-        self.early_stopping = early_stopping
+        self.max_epochs, self.early_stopping = max_epochs, early_stopping
+        self.n_epochs_kl_warmup = n_epochs_kl_warmup
+        self.device = next(module.parameters()).device
+        self.optimizer = plan.make_optimizer(module.named_parameters(), lr)
+        self.plateau = make_plateau(plan, self.optimizer)
+        share = plan.lr_decay or 0.0
+        self.decay = Decay(self.optimizer, share, max_epochs=max_epochs, steps_per_epoch=steps_per_epoch)
         self.options: dict[str, Any] = {
             "lr": lr,
             "n_epochs_kl_warmup": n_epochs_kl_warmup,
             "early_stopping": early_stopping,
             **plan.decisive(),
+            **self.decay.decisive(),
         }
-        self.device = next(module.parameters()).device
-        self.optimizer = plan.make_optimizer(module.named_parameters(), lr)
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer,
-            factor=plan.lr_factor,
-            patience=plan.lr_patience,
-            threshold=0.0,
-            threshold_mode="abs",
-            min_lr=plan.lr_min,
-        )
         self.progress = Progress()
         self.guard = FiniteGuard(module, plan.max_grad_norm)
         self.tally = Tally(self.device)
@@ -121,9 +121,8 @@ class Trainer:
                 bar.show(row)
                 if not self._is_done():
                     self._stop_if_asked(None)
-            if (
-                self.early_stopping and self.best_state is not None
-            ):  # before a signal that came after the last step
+            # Before a signal that came after the last step.
+            if self.early_stopping and self.best_state is not None:
                 self.module.load_state_dict(self.best_state)
         self.module.eval()
         warn_of_skipped(self.progress)
@@ -141,6 +140,7 @@ class Trainer:
             self.tally.begin()
         for cells in islice(training(self.shuffle), self.progress.within, None):
             weight = self.plan.kl_weight(self.progress.epoch, self.progress.step, self.n_epochs_kl_warmup)
+            self.decay.set_rates(self.progress.step)
             if self.graphs is None or not self.graphs.replay(cells, weight, self.plan.products(self.device)):
                 self._step(cells.load(), weight)
             self.progress.step += 1

@@ -83,6 +83,7 @@ class ModelCore(metaclass=ModelMeta):
     max_epochs_cap: ClassVar[int] = 400
     kl_warmup_cap: ClassVar[int] = 400
     default_lr: ClassVar[float] = 1e-3
+    default_lr_decay: ClassVar[float] = 0.0
     default_batch_size: ClassVar[int] = 128
     default_train_size: ClassVar[float] = 0.9
     default_early_stopping: ClassVar[bool] = False
@@ -209,9 +210,8 @@ class ModelCore(metaclass=ModelMeta):
         guide = getattr(type(self), "guide", None)
         if guide is not None:
             return self._program(partial(guide, self))
-        return getattr(
-            self.module, "autoguide", lambda cells: None
-        )  # without latents, there is nothing to infer
+        # Without latents, there is nothing to infer.
+        return getattr(self.module, "autoguide", lambda cells: None)
 
     def _program(self, run: Program) -> Program:
         """Let a Bayesian module draw each of its weights once a run, and bring priors to the model's device."""

@@ -134,7 +134,8 @@ def training_record(trainer: Trainer, *, finished: bool, beside: Mapping[str, An
     """
     plan, rows = trainer.plan, trainer.progress.rows
     options = {name: value for name, value in trainer.options.items() if not _is_of_model(name)}
-    options |= {"max_epochs": trainer.max_epochs, "optimizer": _name_of(plan.optimizer)}
+    options |= {"max_epochs": trainer.max_epochs, "lr_decay": trainer.decay.share}
+    options |= {"optimizer": _name_of(plan.optimizer)}
     options |= {name: getattr(plan, name) for name in ("checkpoint_every", "record_step", "max_bad_steps")}
     return {
         "options": options,

@@ -92,6 +92,7 @@ class SCANVI(SCVI):
     label = Category(unlabeled=True, min_levels=2)
 
     default_train_size = 1.0  # a label that is held out teaches nothing
+    max_epochs_cap, default_lr, default_lr_decay = 400, 1e-3, 0.0  # what SCVI does was not tried with labels
 
     def __init__(
         self,

@@ -113,6 +113,10 @@ class SCVI(CellModel):
     library_site = "size"
     batch_parameters = ("log_theta", "library_mean", "library_sd")
 
+    max_epochs_cap = 80
+    default_lr = 1e-2
+    default_lr_decay = 0.5
+
     def __init__(
         self,
         adata: AnnData,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ class Training(Manifested):
             otherwise) for up to 20,000 cells, and fewer in proportion for more; never fewer for a model with parameters
             of single cells, each of which takes one step a pass.
         lr
-            Learning rate; by default the class's ``default_lr`` (1e-3 unless its page says otherwise).
+            Learning rate, the same for all steps; by default the class's ``default_lr`` (1e-3 unless its page says
+            otherwise), which falls over the last part of training that ``default_lr_decay`` says (0 but for SCVI).
         batch_size
             Cells in a minibatch; by default the class's ``default_batch_size`` (128). A model whose loss couples all
             cells takes none.
@@ -91,6 +93,7 @@ class Training(Manifested):
         if self.full_batch or self.has_local_parameters:
             self._refuse_parts(plan, batch_size, train_size, validation_size, early_stopping=early_stopping)
         refuse_to_replace(plan.checkpoint, resume)
+        plan = self._scheduled(plan, lr)
         lr = self.default_lr if lr is None else lr
         dataset = self.require_data(None)
         training, validation = self._split(plan, train_size, validation_size)
@@ -116,6 +119,7 @@ class Training(Manifested):
                 max_epochs=max_epochs,
                 n_epochs_kl_warmup=warmup,
                 early_stopping=early_stopping,
+                steps_per_epoch=math.ceil(n_train / batch_size),
             )
             content = dataset.content_hash if plan.hash_data else None
             self._bind(trainer, resume, batch_size=batch_size, split=(training, validation), content=content)
@@ -159,6 +163,13 @@ class Training(Manifested):
         ):  # one step an epoch: of all, or of those of each cell
             return self.max_epochs_cap
         return default_max_epochs(n_train, self.max_epochs_cap)
+
+    def _scheduled(self, plan: TrainingPlan, lr: float | None) -> TrainingPlan:
+        """Say how the learning rate falls: as the plan does, or as the class does for its own learning rate."""
+        if plan.lr_decay is not None:
+            return plan
+        own = self.default_lr_decay if lr is None and not plan.lr_plateau else 0.0
+        return replace(plan, lr_decay=own)
 
     def _refuse_parts(
         self,

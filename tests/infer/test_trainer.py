@@ -36,7 +36,7 @@ def x():
 
 def make(x, max_epochs=20, plan=None, **options):
     toy = Conjugate(0.0, exact=False)
-    settings_ = {"lr": 0.02, "n_epochs_kl_warmup": 0, "early_stopping": False} | options
+    settings_ = {"lr": 0.02, "n_epochs_kl_warmup": 0, "early_stopping": False, "steps_per_epoch": 4} | options
     trainer = Trainer(
         Elbo(toy.model, toy.guide),
         toy,
@@ -176,7 +176,7 @@ def test_running_statistics_survive_a_bad_step(x):
     toy.guide = lambda cells: (toy.norm(cells.x[:, None]), plain(cells))[1]
     trainer = Trainer(
         Elbo(toy.model, toy.guide), toy, TrainingPlan(), stream=RandomStream(0), shuffle=np.random.default_rng(0),
-        lr=0.01, max_epochs=1, n_epochs_kl_warmup=0, early_stopping=False,
+        lr=0.01, max_epochs=1, n_epochs_kl_warmup=0, early_stopping=False, steps_per_epoch=4,
     )  # fmt: skip
     spoilt = x.clone()
     spoilt[0] = float("nan")

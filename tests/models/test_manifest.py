@@ -86,8 +86,8 @@ def test_a_resumed_training_is_one_training(tmp_path):
     plan = TrainingPlan(checkpoint=tmp_path)
     model = make()
     model.train(1)
-    model.train(2, n_epochs_kl_warmup=1, plan=plan)
-    model.train(4, n_epochs_kl_warmup=1, resume=tmp_path)
+    model.train(2, lr=1e-3, n_epochs_kl_warmup=1, plan=plan)
+    model.train(4, lr=1e-3, n_epochs_kl_warmup=1, resume=tmp_path)
     first, second = model.manifest()["trainings"]
     assert (first["n_epochs"], second["first_epoch"], second["n_epochs"]) == (1, 1, 4)
 

@@ -387,12 +387,12 @@ def test_a_saved_query_answers_the_same_and_stays_frozen(reference, query, tmp_p
 
 
 def test_a_checkpoint_of_a_query_is_resumed_exactly(reference, query, tmp_path):
-    whole = fit(SCVI.load_query_data(query, reference), 4, n_epochs_kl_warmup=1)
+    whole = fit(SCVI.load_query_data(query, reference), 4, lr=1e-3, n_epochs_kl_warmup=1)
     plan = TrainingPlan(checkpoint=tmp_path / "checkpoint", checkpoint_every=2)
-    broken = fit(SCVI.load_query_data(query, reference), 2, n_epochs_kl_warmup=1, plan=plan)
+    broken = fit(SCVI.load_query_data(query, reference), 2, lr=1e-3, n_epochs_kl_warmup=1, plan=plan)
     assert len(broken.history) == 2
     resumed = SCVI.load_query_data(query, reference)
-    fit(resumed, 4, n_epochs_kl_warmup=1, resume=tmp_path / "checkpoint")
+    fit(resumed, 4, lr=1e-3, n_epochs_kl_warmup=1, resume=tmp_path / "checkpoint")
     for name, value in state_of(whole).items():
         np.testing.assert_array_equal(value, state_of(resumed)[name], err_msg=name)
 

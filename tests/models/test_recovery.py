@@ -267,12 +267,11 @@ def test_a_damaged_place_within_the_epoch_is_refused(tmp_path):
 
 def test_a_checkpoint_is_strict_json(tmp_path):
     """Before warm-up is over there is no best epoch yet; an epoch of skipped steps alone has no means."""
+    run = {"lr": 5e-3, "batch_size": 200, "train_size": 1.0, "n_epochs_kl_warmup": 2}
     model = make()
     spoil(model, {0})
     with pytest.warns(PyrocellWarning, match="skipped"):
-        model.train(
-            1, batch_size=200, train_size=1.0, plan=TrainingPlan(checkpoint=tmp_path), n_epochs_kl_warmup=2
-        )
+        model.train(1, plan=TrainingPlan(checkpoint=tmp_path), **run)
 
     def never(word):
         raise AssertionError(f"{word} is no JSON")
@@ -282,7 +281,7 @@ def test_a_checkpoint_is_strict_json(tmp_path):
     assert record["progress"]["rows"][0]["elbo_train"] is None
     again = make()
     with pytest.warns(PyrocellWarning, match="skipped"):
-        again.train(3, batch_size=200, train_size=1.0, resume=tmp_path, n_epochs_kl_warmup=2)
+        again.train(3, resume=tmp_path, **run)
     assert again.history["elbo_train"].isna().tolist() == [True, False, False]
 
 
@@ -521,10 +520,10 @@ def test_skipped_steps_of_before_a_resume_are_named_too(tmp_path):
     first = make()
     name = spoil(first, {1})
     with pytest.warns(PyrocellWarning, match=name):
-        first.train(1, batch_size=32, plan=TrainingPlan(checkpoint=tmp_path), n_epochs_kl_warmup=1)
+        first.train(1, lr=5e-3, batch_size=32, plan=TrainingPlan(checkpoint=tmp_path), n_epochs_kl_warmup=1)
     again = make()
     with pytest.warns(PyrocellWarning, match=rf"1 training step was.*'{name}'"):
-        again.train(2, batch_size=32, resume=tmp_path, n_epochs_kl_warmup=1)
+        again.train(2, lr=5e-3, batch_size=32, resume=tmp_path, n_epochs_kl_warmup=1)
 
 
 @pytest.mark.parametrize("early_stopping", [False, True])

@@ -73,7 +73,8 @@ class Interrupting(torch.optim.Adam):
 class Brisk(SCVI):
     """A model that likes to be trained otherwise."""
 
-    default_lr, default_batch_size, default_early_stopping = 5e-3, 32, True
+    default_lr, default_lr_decay = 5e-3, 0.0
+    default_batch_size, default_early_stopping = 32, True
     default_plan = TrainingPlan(optimizer="adamw", weight_decay=0.1, patience=2)
     max_epochs_cap, kl_warmup_cap = 9, 3
 
@@ -99,6 +100,45 @@ def test_a_class_has_its_own_training_defaults(tmp_path):
     assert same(state(resumed), state(told))
     with pytest.raises(LoadError, match=r"lr.*0\.005"):
         make_brisk().train(9, lr=1e-3, resume=tmp_path)
+
+
+class Short(SCVI):
+    """SCVI with its own schedule, and few epochs."""
+
+    max_epochs_cap = 8
+
+
+def make_short():
+    adata = data()
+    Short.setup_anndata(adata, batch_key="batch")
+    return Short(adata, **OPTIONS)
+
+
+def test_train_without_arguments_takes_the_schedule_of_the_class():
+    """The same as the schedule in words; the last of the 8 steps is at the last point of the line."""
+    assert 0 < SCVI.default_lr_decay < 1
+    told, silent = make_short(), make_short()
+    told.train(8, lr=SCVI.default_lr, plan=TrainingPlan(lr_decay=SCVI.default_lr_decay))
+    silent.train()
+    assert same(state(told), state(silent))
+    falling = 8 * SCVI.default_lr_decay
+    expected = [SCVI.default_lr * min(1, (8 - epoch) / falling) for epoch in range(8)]
+    assert silent.history["lr"].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "given", [{"lr": 2e-3}, {"plan": TrainingPlan(lr_plateau=True)}, {"plan": TrainingPlan(lr_decay=0.0)}]
+)
+def test_a_learning_rate_that_is_chosen_does_not_fall_by_default(given):
+    model = make_short()
+    model.train(3, **given)
+    assert model.history["lr"].tolist() == [given.get("lr", SCVI.default_lr)] * 3
+
+
+def test_options_of_the_plan_leave_the_schedule_of_the_class():
+    model = make_short()
+    model.train(4, plan=TrainingPlan(validate_every=1))
+    assert model.history["lr"].iloc[-1] < model.history["lr"].iloc[0] == SCVI.default_lr
 
 
 def test_early_stopping_by_default_needs_no_validation_cells():
@@ -151,11 +191,12 @@ def test_resume_restores_the_best_weights_of_before(tmp_path):
 def test_resume_after_an_interruption_in_the_same_session(tmp_path):
     """History has each epoch once."""
     whole = make()
-    whole.train(6, batch_size=32, n_epochs_kl_warmup=3)
+    run = {"lr": 5e-3, "batch_size": 32, "n_epochs_kl_warmup": 3}
+    whole.train(6, **run)
     model = make()
     plan = TrainingPlan(checkpoint=tmp_path, checkpoint_every=2)
-    model.train(4, batch_size=32, n_epochs_kl_warmup=3, plan=plan)
-    model.train(6, batch_size=32, n_epochs_kl_warmup=3, plan=plan, resume=tmp_path)
+    model.train(4, plan=plan, **run)
+    model.train(6, plan=plan, resume=tmp_path, **run)
     assert list(model.history.index) == list(range(6))
     assert same(state(model), state(whole))
 
@@ -165,11 +206,12 @@ def test_resume_of_a_second_training(tmp_path):
     whole = make()
     whole.train(2, batch_size=32)
     whole.save(tmp_path / "first")
-    whole.train(4, batch_size=32, n_epochs_kl_warmup=0)
+    run = {"lr": 5e-3, "batch_size": 32, "n_epochs_kl_warmup": 0}
+    whole.train(4, **run)
     again = SCVI.load(tmp_path / "first", data())
-    again.train(2, batch_size=32, n_epochs_kl_warmup=0, plan=TrainingPlan(checkpoint=tmp_path / "second"))
+    again.train(2, plan=TrainingPlan(checkpoint=tmp_path / "second"), **run)
     resumed = SCVI.load(tmp_path / "first", data())
-    resumed.train(4, batch_size=32, n_epochs_kl_warmup=0, resume=tmp_path / "second")
+    resumed.train(4, resume=tmp_path / "second", **run)
     assert same(state(resumed), state(whole))
     assert list(resumed.history.index) == list(range(6))
 
@@ -398,7 +440,8 @@ def test_what_the_user_does_between_trainings_is_of_no_account():
 
 def test_history_has_the_documented_columns():
     model = make()
-    model.train(4, batch_size=32, plan=TrainingPlan(validate_every=2), n_epochs_kl_warmup=2)
+    plan = TrainingPlan(validate_every=2)
+    model.train(4, lr=1e-3, batch_size=32, plan=plan, n_epochs_kl_warmup=2)
     history = model.history
     assert list(history.columns) == [*COLUMNS, *VALIDATION] and history.index.name == "epoch"
     assert history["elbo_validation"].isna().tolist() == [True, False, True, False]
@@ -421,7 +464,7 @@ def test_every_column_is_in_the_guide():
 
 def test_training_twice_goes_on():
     model = make()
-    model.train(3, batch_size=32)
+    model.train(3, batch_size=32, lr=1e-3)
     before = state(model)
     model.train(2, batch_size=32, lr=1e-4)
     assert list(model.history.index) == list(range(5)) and model.history.index.name == "epoch"
