@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from pyrocell import settings
 from pyrocell.infer.plan import TrainingPlan
 
-__all__ = ["Decay", "make_plateau"]
+__all__ = ["Decay", "make_plateau", "tell_of_idle_patience"]
 
 
 def make_plateau(
@@ -31,6 +32,27 @@ def make_plateau(
         threshold_mode="abs",
         min_lr=plan.lr_min,
     )
+
+
+def tell_of_idle_patience(plan: TrainingPlan, *, early_stopping: bool, n_epochs_after_warmup: int) -> None:
+    """Log it where patience outlasts the training: what waits for it then does nothing.
+
+    Parameters
+    ----------
+    plan
+        Options.
+    early_stopping
+        Whether training is to stop early.
+    n_epochs_after_warmup
+        Epochs in which epochs without improvement are counted.
+    """
+    waiting = {"patience": early_stopping, "lr_patience": plan.lr_plateau}
+    for name in (name for name, is_asked in waiting.items() if is_asked):
+        if getattr(plan, name) >= n_epochs_after_warmup:
+            settings.logger.warning(
+                "%s is %d, and %d epochs follow the warm-up of the KL: it will not act. Give fewer n_epochs_kl_warmup, "
+                "more max_epochs, or TrainingPlan(%s=...).", name, getattr(plan, name), n_epochs_after_warmup, name,
+            )  # fmt: skip
 
 
 class Decay:

@@ -20,6 +20,7 @@ from pyrocell.infer.checkpoint import read_checkpoint, refuse_to_replace
 from pyrocell.infer.elbo import Population
 from pyrocell.infer.freezing import frozen_besides
 from pyrocell.infer.plan import TrainingPlan
+from pyrocell.infer.schedule import tell_of_idle_patience
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
 from pyrocell.infer.trainer import Trainer
 from pyrocell.models.manifest import Manifested, bound_to, training_record
@@ -103,8 +104,9 @@ class Training(Manifested):
         batch_size = n_train if self.full_batch else batch_size
         _check_numbers(max_epochs, batch_size, lr, n_epochs_kl_warmup)
         early_stopping = self._stops_early(asked=early_stopping, n_validation=len(validation))
-        default_warmup = default_kl_warmup(max_epochs, self.kl_warmup_cap)
-        warmup = default_warmup if n_epochs_kl_warmup is None else n_epochs_kl_warmup
+        warmup = default_kl_warmup(max_epochs, self.kl_warmup_cap)
+        warmup = warmup if n_epochs_kl_warmup is None else n_epochs_kl_warmup
+        tell_of_idle_patience(plan, early_stopping=early_stopping, n_epochs_after_warmup=max_epochs - warmup)
         where = _device(device)
         self.module.to(where)
         minibatches = _minibatches_of(dataset, batch_size, where, n_total=n_train, keep=self.full_batch)
@@ -132,9 +134,8 @@ class Training(Manifested):
             finally:
                 self.module.eval()  # also after an interruption from the keyboard
                 self._after_training(trainer.history())
-                if (
-                    trainer.progress.step
-                ):  # also of an epoch that did not come to its end: the parameters moved
+                # Also of an epoch that did not come to its end: the parameters moved.
+                if trainer.progress.step:
                     record = training_record(trainer, finished=finished, beside=cells)
                     self.note_training(record, resumed=resume is not None)
 
@@ -168,8 +169,8 @@ class Training(Manifested):
         """Say how the learning rate falls: as the plan does, or as the class does for its own learning rate."""
         if plan.lr_decay is not None:
             return plan
-        own = self.default_lr_decay if lr is None and not plan.lr_plateau else 0.0
-        return replace(plan, lr_decay=own)
+        is_chosen = lr is not None or plan.lr_plateau or callable(plan.optimizer)
+        return replace(plan, lr_decay=0.0 if is_chosen else self.default_lr_decay)
 
     def _refuse_parts(
         self,

@@ -135,6 +135,22 @@ def test_a_learning_rate_that_is_chosen_does_not_fall_by_default(given):
     assert model.history["lr"].tolist() == [given.get("lr", SCVI.default_lr)] * 3
 
 
+def test_an_optimizer_of_the_user_keeps_its_learning_rate():
+    model = make_short()
+    model.train(4, plan=TrainingPlan(optimizer=lambda groups: torch.optim.Adam(groups, lr=3e-3)))
+    assert model.history["lr"].tolist() == [3e-3] * 4
+
+
+def test_patience_that_cannot_act_is_told(caplog):
+    model = make_short()
+    model.train(8, early_stopping=True)  # 4 epochs of warm-up, then 4, and a patience of 9
+    assert "patience is 9, and 4 epochs follow the warm-up" in caplog.text
+    caplog.clear()
+    model.train(8, early_stopping=True, plan=TrainingPlan(patience=2))
+    model.train(8)
+    assert "patience" not in caplog.text
+
+
 def test_options_of_the_plan_leave_the_schedule_of_the_class():
     model = make_short()
     model.train(4, plan=TrainingPlan(validate_every=1))
