@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyrocell.data.overlap import overlaps_itself, place_of_array
 from pyrocell.data.slots import is_mudata
 from pyrocell.errors import QueryError, list_some
 
@@ -39,6 +40,8 @@ class Asked:
         Number of draws that are kept side by side; None for one value, or an average.
     inputs
         Keys of the data that the model reads.
+    own
+        The model's own data, where others are asked about, too; None for a model that was loaded without.
     """
 
     adata: AnnData | MuData
@@ -47,6 +50,7 @@ class Asked:
     features: Sequence[str]
     n_draws: int | None
     inputs: Collection[str] = ()
+    own: AnnData | MuData | None = None
 
 
 class _Array:
@@ -113,14 +117,15 @@ class GivenArray(Sink):
     Parameters
     ----------
     array
-        float32 or float64. It is filled with NaN first: whatever interrupts us, old values do not pass for new ones.
+        float32 or float64, apart from the memory of the data. It is filled with NaN first: whatever interrupts us, old
+        values do not pass for new ones.
     """
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
     def check(self, asked: Asked) -> None:
-        """Refuse an array that cannot hold the numbers."""
+        """Refuse an array that cannot hold the numbers, and one of the data, which filling would destroy."""
         if self.array.dtype.kind != "f" or not np.can_cast(np.float32, self.array.dtype):
             raise QueryError(
                 f"The array given as out has type {self.array.dtype}; expected float32 or float64."
@@ -129,6 +134,18 @@ class GivenArray(Sink):
             raise QueryError(
                 "The array given as out cannot be written to; give one that can (np.memmap with mode='r+' or 'w+')."
             )
+        if overlaps_itself(self.array):
+            raise QueryError(
+                f"Entries of the array given as out, of shape {self.array.shape} and strides {self.array.strides}, lie "
+                "at the same place in memory; give one whose entries are apart, such as a copy()."
+            )
+        for data in (asked.adata, asked.own):
+            place = None if data is None else place_of_array(self.array, data)
+            if place is not None:
+                raise QueryError(
+                    f"The array given as out has its memory or its file in common with {place} of the data, which "
+                    "would be lost; give an array of its own."
+                )
 
     def open(self, asked: Asked, shape: tuple[int, ...], block: tuple[int, ...]) -> _Array:
         """Refuse another shape, and empty the array."""

@@ -230,8 +230,11 @@ class Question:
     def filling(self, out: Out, n_draws: int | None = None) -> Filling:
         """Check where an answer is to go, and return what takes it there."""
         inputs = {value for value in self.dataset.schema.setup.values() if isinstance(value, str)}
-        data = self.dataset
-        return Filling(out, Asked(data.adata, self.rows, data.n_cells, self.feature_names, n_draws, inputs))
+        data, own = self.dataset, self.model.dataset
+        asked = Asked(
+            data.adata, self.rows, data.n_cells, self.feature_names, n_draws, inputs, own and own.adata
+        )
+        return Filling(out, asked)
 
     def arrays(
         self, site: str, extract: Callable[[SiteDraws], dict[str, torch.Tensor]], *, n_samples: int

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
+import mudata
 import numpy as np
+import pandas as pd
 import pytest
 from anndata import AnnData
 from scipy import sparse
@@ -96,6 +100,89 @@ def test_an_array_that_cannot_be_written_to_is_refused():
     given.setflags(write=False)
     with pytest.raises(QueryError, match="cannot be written to"):
         fill(given, make())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.lib.stride_tricks.as_strided(np.zeros(G, dtype="f4"), (N, G), (0, 4)),
+        np.lib.stride_tricks.sliding_window_view(np.zeros(N + G - 1, dtype="f4"), G, writeable=True),
+    ],
+)
+def test_an_array_that_overlaps_itself_is_refused(given):
+    assert given.flags.writeable and given.shape == (N, G)
+    with pytest.raises(QueryError, match="lie at the same place in memory"):
+        fill(given, make())
+    assert not given.any()
+
+
+@pytest.mark.parametrize("given", [np.zeros((G, N)).T, np.zeros((N, G))[::-1], np.zeros((N, 1, G))[:, 0]])
+def test_slices_and_transposes_do_not_overlap_themselves(given):
+    assert np.array_equal(fill(given, make()), VALUES[0].astype(given.dtype))
+
+
+def full_of_arrays():
+    """Make data with an array of (N, G) numbers in every place that can hold one."""
+    numbers = np.random.default_rng(1).random((N, N))
+    adata = AnnData(numbers[:, :G].astype(np.float32))
+    adata.raw = adata.copy()
+    adata.layers["dense"] = numbers[:, :G].copy()
+    adata.layers["csr"] = sparse.csr_matrix(numbers[:, :G])
+    adata.layers["csc"] = sparse.csc_matrix(numbers[:, :G])
+    adata.obsm["array"] = numbers[:, :G].copy()
+    adata.obsm["table"] = pd.DataFrame(numbers[:, :G].copy(), index=adata.obs_names, columns=list("abcde"))
+    adata.obsp["array"], adata.obsp["csr"] = numbers.copy(), sparse.csr_matrix(numbers)
+    adata.uns["nested"] = {"array": numbers[:, :G].copy()}
+    return adata
+
+
+PLACES = {
+    "X": lambda adata: adata.X,
+    "layers['dense']": lambda adata: adata.layers["dense"],
+    "layers['csr']": lambda adata: adata.layers["csr"].data.reshape(N, G),
+    "layers['csc']": lambda adata: adata.layers["csc"].data.reshape(G, N).T,
+    "obsm['array']": lambda adata: adata.obsm["array"][::-1],
+    "obsm['table']['a']": lambda adata: writeable(adata.obsm["table"].to_numpy(copy=False)),
+    "obsp['array']": lambda adata: adata.obsp["array"][:, :G],
+    "obsp['csr']": lambda adata: adata.obsp["csr"].data[: N * G].reshape(N, G),
+    "raw.X": lambda adata: adata.raw.X,
+    "uns['nested']['array']": lambda adata: adata.uns["nested"]["array"],
+}
+
+
+def writeable(array):
+    """pandas may give its array for reading alone; the one that a table was made from has no such flag."""
+    array.setflags(write=True)
+    return array
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("of", ["asked", "own", "view", "mudata"])
+def test_an_array_of_the_data_is_refused_and_left_alone(place, of):
+    adata = full_of_arrays()
+    given = PLACES[place](adata)
+    before = given.copy()
+    question, named = asked(adata), place
+    if of == "own":
+        question = replace(asked(make()), own=adata)
+    elif of == "view":
+        question = asked(adata[np.arange(N)[::-1]])
+    elif of == "mudata":
+        with mudata.set_options(pull_on_update=False):
+            question = replace(question, adata=mudata.MuData({"rna": adata}))
+        named = f"mod['rna'].{place}"
+    with pytest.raises(QueryError, match=rf"in common with {re.escape(named)} of the data"):
+        Filling(given, question)
+    assert np.array_equal(given, before)
+    assert Filling(before, question), "a copy is taken"
+
+
+def test_another_mapping_of_the_data_s_file_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", VALUES[0])
+    adata = AnnData(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    with pytest.raises(QueryError, match="in common with X of the data"):
+        fill(np.load(tmp_path / "x.npy", mmap_mode="r+"), adata)
+    assert np.array_equal(np.load(tmp_path / "x.npy"), VALUES[0])
 
 
 def interrupted(out, adata, **options):

@@ -163,6 +163,24 @@ def test_a_layer_that_the_model_reads_is_no_place_for_answers(fitted):
     assert set(fitted.dataset.adata.layers) == {"counts"}
 
 
+@pytest.mark.parametrize("place", ["counts", "X"])
+def test_the_data_that_a_model_reads_are_no_place_for_answers(place):
+    """They would be NaN before the second block is read."""
+    adata = synthetic_iid(n_cells=60, n_genes=20)
+    counts = adata.layers["counts"].toarray().astype(np.float32)
+    adata.X, adata.layers["counts"] = counts.copy(), counts.copy()
+    SCVI.setup_anndata(adata, layer="counts")
+    model = SCVI(adata)
+    model.train(1)
+    given = adata.X if place == "X" else adata.layers[place]
+    for other in (None, adata.copy()):
+        with pytest.raises(QueryError, match="in common with"):
+            model.posterior("rho", other, out=given, batch_size=20)
+        with pytest.raises(QueryError, match="in common with"):
+            model.get_normalized_expression(other, out=given)
+    assert np.array_equal(given, counts)
+
+
 def test_refusals_come_before_work(fitted, tmp_path, monkeypatch):
     (tmp_path / "mine.zarr").mkdir()
 
