@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -72,9 +72,9 @@ class _Array:
 class _Kept(_Array):
     """A new array that is put into the data once it is complete."""
 
-    def __init__(self, array: np.ndarray, slot: Any, key: str) -> None:
+    def __init__(self, array: np.ndarray, sink: _OfAnnData, asked: Asked) -> None:
         super().__init__(array)
-        self.slot, self.key = slot, key
+        self.sink, self.asked = sink, asked
         self.columns: np.ndarray | None = None
 
     def write(self, where: Where, values: np.ndarray) -> None:
@@ -84,7 +84,14 @@ class _Kept(_Array):
             self.array[where[0], self.columns] = values
 
     def close(self) -> Any:
-        self.slot[self.key] = self.array
+        try:
+            self.sink.check_free(self.asked)
+        except QueryError as error:
+            raise QueryError(
+                f"{self.sink.key!r} was added to the data while the question was answered; it is left as it is, and "
+                f"the answer is not kept. {error}"
+            ) from error
+        self.sink.slot(self.asked)[self.sink.key] = self.array
         return self.array
 
 
@@ -163,7 +170,7 @@ class _OfAnnData(Sink):
     overwrite: bool = False
 
     @abstractmethod
-    def _slot(self, asked: Asked) -> Any:
+    def slot(self, asked: Asked) -> Any:
         """Return the mapping of the data that the answer goes into."""
 
     def check(self, asked: Asked) -> None:
@@ -189,7 +196,11 @@ class _OfAnnData(Sink):
             raise QueryError(
                 f"The model reads {self.key!r}, so {self} would change its data; use another key."
             )
-        if self.key in self._slot(asked) and not self.overwrite:
+        self.check_free(asked)
+
+    def check_free(self, asked: Asked) -> None:
+        """Refuse a key that is taken; asked again at the end, when another may have taken it."""
+        if self.key in self.slot(asked) and not self.overwrite:
             raise QueryError(
                 f"The data already have {self.key!r} there; use another key, or {type(self).__name__}({self.key!r}, "
                 "overwrite=True) to replace it."
@@ -197,7 +208,7 @@ class _OfAnnData(Sink):
 
     def open(self, asked: Asked, shape: tuple[int, ...], block: tuple[int, ...]) -> _Kept:
         self.check_shape(asked, shape)
-        return _Kept(np.empty(shape, dtype=np.float32), self._slot(asked), self.key)
+        return _Kept(np.empty(shape, dtype=np.float32), self, asked)
 
     def check_shape(self, asked: Asked, shape: tuple[int, ...]) -> None:
         """Refuse an answer that is no matrix with a row for each cell."""
@@ -220,7 +231,7 @@ class Layer(_OfAnnData):
     key
         Name of the layer.
     overwrite
-        Whether a layer of this name may be replaced.
+        Whether a layer of this name may be replaced. One that was added during the question is not, either.
 
     Notes
     -----
@@ -229,7 +240,8 @@ class Layer(_OfAnnData):
     ``adata.var_names``.
     """
 
-    def _slot(self, asked: Asked) -> Any:
+    def slot(self, asked: Asked) -> Any:
+        """Return ``layers``."""
         return asked.adata.layers
 
     def check(self, asked: Asked) -> None:
@@ -280,5 +292,14 @@ class Obsm(_OfAnnData):
         Whether what has this name may be replaced.
     """
 
-    def _slot(self, asked: Asked) -> Any:
+    def slot(self, asked: Asked) -> Any:
+        """Return ``obsm``."""
         return asked.adata.obsm
+
+    def check_free(self, asked: Asked) -> None:
+        """Refuse also the names of modalities, under which a MuData says which cells each of them has."""
+        if is_mudata(asked.adata) and self.key in cast("MuData", asked.adata).mod:
+            raise QueryError(
+                f"{self.key!r} is a modality, and mdata.obsm[{self.key!r}] says which cells it has; use another key."
+            )
+        super().check_free(asked)

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import mudata
 import numpy as np
@@ -225,6 +226,23 @@ def test_what_is_there_is_replaced_on_request_alone(kind, slot):
         fill(kind("old", overwrite=True), adata, inputs={"old"})
 
 
+@pytest.mark.parametrize(("kind", "slot"), [(Layer, "layers"), (Obsm, "obsm")])
+def test_a_key_that_was_added_meanwhile_is_not_replaced(kind, slot):
+    adata, mine = make(), np.ones((N, G))
+    with (
+        pytest.raises(QueryError, match="'new' was added to the data while.* is left as it is"),
+        Filling(kind("new"), asked(adata)) as filling,
+    ):
+        filling.add(VALUES[0], slice(0, N))
+        getattr(adata, slot)["new"] = mine
+        filling.kept()
+    assert np.array_equal(getattr(adata, slot)["new"], mine)
+    with Filling(kind("other", overwrite=True), asked(adata)) as filling:
+        filling.add(VALUES[0], slice(0, N))
+        getattr(adata, slot)["other"] = mine
+        assert np.array_equal(filling.kept(), VALUES[0]), "on request"
+
+
 @pytest.mark.parametrize("kind", [Layer, Obsm])
 def test_the_data_take_all_cells_and_no_draws(kind):
     adata = make()
@@ -266,6 +284,17 @@ def test_a_mudata_has_no_layers():
     with pytest.raises(QueryError, match="MuData has no layers"):
         Layer("new").check(question)
     Obsm("new").check(question)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_name_of_a_modality_is_never_a_key(overwrite):
+    """In a MuData, it says which cells the modality has."""
+    mdata = as_mudata(make_adata())
+    name = next(iter(mdata.mod))
+    before = mdata.obsm[name].copy()
+    with pytest.raises(QueryError, match=f"'{name}' is a modality"):
+        fill(Obsm(name, overwrite=overwrite), mdata, np.zeros((mdata.n_obs, 1), dtype=np.float32))
+    assert np.array_equal(mdata.obsm[name], before)
 
 
 # ------------------------------------------------------------------------------------------------ zarr
@@ -349,6 +378,131 @@ def test_nothing_but_a_zarr_array_is_replaced(tmp_path):
         with pytest.raises(QueryError, match="is no zarr array, and is not replaced"):
             fill(Zarr(tmp_path / name, overwrite=True), make())
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@zarr_is_there
+@pytest.mark.parametrize("text", ["{", "[]", "{}", b"\xff\xfe"])
+def test_a_damaged_record_is_named(tmp_path, text):
+    fill(tmp_path / "a.zarr", make())
+    record = tmp_path / "a.zarr" / "zarr.json"
+    record.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(QueryError, match=rf"{re.escape(str(record))} cannot be read.*not replaced"):
+        fill(Zarr(tmp_path / "a.zarr", overwrite=True), make())
+
+
+def appear(kind, path):
+    """Put something where an answer is to go."""
+    import zarr
+
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "link":
+        path.symlink_to(path.parent)
+    elif kind == "group":
+        zarr.open_group(str(path), mode="w")
+    elif kind == "zarr":
+        fill(path, make(), VALUES[1])
+    else:
+        path.mkdir()
+        (path / "mine").write_text("mine")
+
+
+def told_place(error):
+    """Return the folder that a message names as that of the complete answer."""
+    return Path(re.search(r"complete, in (\S+\.partial);", str(error)).group(1))
+
+
+def answer_while(happening, out):
+    with pytest.raises((QueryError, SaveError)) as error, Filling(out, asked(make())) as filling:
+        filling.add(VALUES[0], slice(0, N))
+        happening()
+        filling.kept()
+    return error.value
+
+
+@zarr_is_there
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder", "group", "link", "zarr"])
+def test_what_appeared_meanwhile_is_left_alone_and_the_answer_is_kept(tmp_path, kind, overwrite):
+    import zarr
+
+    path = tmp_path / "a.zarr"
+    if kind == "zarr" and overwrite:
+        with Filling(Zarr(path, overwrite=True), asked(make())) as filling:
+            filling.add(VALUES[0], slice(0, N))
+            appear(kind, path)
+            assert np.array_equal(filling.kept()[:], VALUES[0]), "on request"
+        return
+    error = answer_while(lambda: appear(kind, path), Zarr(path, overwrite=overwrite))
+    assert isinstance(error, QueryError) and "was taken while the question was answered" in str(error)
+    assert np.array_equal(zarr.open_array(str(told_place(error)), mode="r")[:], VALUES[0])
+    assert {"file": path.is_file, "link": path.is_symlink}.get(kind, path.is_dir)()
+    if kind in ("file", "folder"):
+        assert (path / "mine" if kind == "folder" else path).read_text() == "mine"
+    if kind == "zarr":
+        assert np.array_equal(zarr.open_array(str(path), mode="r")[:], VALUES[1])
+    assert {found.name for found in tmp_path.iterdir()} == {"a.zarr", told_place(error).name}
+
+
+@zarr_is_there
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_appears_at_the_very_last_moment_is_left_alone(tmp_path, monkeypatch, kind, overwrite):
+    """After the check, the renaming itself fails, or what was set aside is put back."""
+    import zarr
+
+    from pyrocell.data import zarr_sink
+
+    path, check = tmp_path / "a.zarr", zarr_sink._check_free
+
+    def late(place, **options):
+        check(place, **options)
+        appear(kind, place)
+
+    def happening():
+        monkeypatch.setattr(zarr_sink, "_check_free", late)
+        monkeypatch.setattr(zarr_sink._OnDisk, "_move", moved)
+
+    move = zarr_sink._OnDisk._move
+
+    def moved(self):
+        monkeypatch.setattr(zarr_sink, "_check_free", check)
+        move(self)
+
+    error = answer_while(happening, Zarr(path, overwrite=overwrite))
+    assert (path / "mine" if kind == "folder" else path).read_text() == "mine"
+    assert np.array_equal(zarr.open_array(str(told_place(error)), mode="r")[:], VALUES[0])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@zarr_is_there
+def test_of_two_answers_with_one_path_the_first_has_it_and_the_second_is_kept(tmp_path):
+    import zarr
+
+    path = tmp_path / "a.zarr"
+    error = answer_while(lambda: fill(path, make(), VALUES[1]), path)
+    assert np.array_equal(zarr.open_array(str(path), mode="r")[:], VALUES[1])
+    assert np.array_equal(zarr.open_array(str(told_place(error)), mode="r")[:], VALUES[0])
+
+
+@zarr_is_there
+def test_a_name_that_cannot_be_given_keeps_old_and_new(tmp_path, monkeypatch):
+    import zarr
+
+    path = tmp_path / "a.zarr"
+    fill(path, make(), VALUES[1])
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    error = answer_while(lambda: None, Zarr(path, overwrite=True))
+    assert isinstance(error, SaveError)
+    assert np.array_equal(zarr.open_array(str(path), mode="r")[:], VALUES[1])
+    assert np.array_equal(zarr.open_array(str(told_place(error)), mode="r")[:], VALUES[0])
 
 
 @zarr_is_there

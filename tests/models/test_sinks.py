@@ -18,6 +18,7 @@ import pyrocell
 from pyrocell import PEAKVI, SCVI, TOTALVI, VELOVI
 from pyrocell.data import Layer, Obsm, Zarr, synthetic_iid
 from pyrocell.errors import QueryError
+from pyrocell.models import asking
 from tests.models import peak_memory
 
 pytestmark = pytest.mark.skipif(find_spec("zarr") is None, reason="zarr is not installed")
@@ -311,6 +312,12 @@ def _made(folder: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------ memory
+
+
+def test_the_guide_knows_the_size_of_a_block():
+    page = (Path(__file__).parents[2] / "docs/user_guide/large_data.md").read_text(encoding="utf-8")
+    assert f"({4 * asking._BLOCK_NUMBERS / 1e6:.0f} MB, or sixteen cells" in page
+    assert asking._SMALLEST_BLOCK == 16
 
 
 def write_cells(path, n_cells, n_genes):
