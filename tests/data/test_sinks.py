@@ -12,11 +12,12 @@ import mudata
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 from scipy import sparse
 
 from pyrocell.data import Layer, Obsm, Zarr
 from pyrocell.data.filling import Filling
+from pyrocell.data.overlap import place_of_array
 from pyrocell.data.sinks import Asked
 from pyrocell.errors import QueryError, SaveError
 from tests.multimodal import as_mudata, make_adata
@@ -176,6 +177,20 @@ def test_an_array_of_the_data_is_refused_and_left_alone(place, of):
         Filling(given, question)
     assert np.array_equal(given, before)
     assert Filling(before, question), "a copy is taken"
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+def test_data_on_disk_are_looked_through(tmp_path, kind):
+    adata = full_of_arrays()
+    adata.X = kind(VALUES[0])
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    adata = read_h5ad(tmp_path / "a.h5ad", backed="r")
+    adata.uns["table"] = pd.Series([1.0], index=["data"])
+    adata.uns["coo"] = sparse.coo_matrix(VALUES[0])
+    given = np.zeros((N, G))
+    for data in (adata, adata[:7]):
+        assert place_of_array(given, data) is None
+        assert place_of_array(adata.obsm["array"], data) == "obsm['array']"
 
 
 def test_another_mapping_of_the_data_s_file_is_refused(tmp_path):
