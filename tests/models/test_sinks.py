@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 import typing
@@ -364,13 +365,14 @@ def test_memory_is_flat_with_a_sink(tmp_path):
     def rise(n, out):
         command = [sys.executable, "-m", "tests.models.peak_memory"]
         command += [str(tmp_path / "model"), str(data[n]), str(out)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-        )
+        # GNU's allocator keeps what was freed unless it is told to give arrays back: that would count as held.
+        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+        folder = Path(__file__).parents[2]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=env)
         return int(done.stdout.split()[-1]) / 1e6
 
     flat = [rise(n, tmp_path / f"{n}.zarr") for n in (30_000, 120_000)]
     whole = [rise(n, "-") for n in (30_000, 120_000)]
     print(f"rise of resident memory, MB: zarr {flat}, table {whole}")
-    assert flat[1] - flat[0] < 50
-    assert whole[1] - whole[0] > 120, "the measure sees what is held in memory"
+    assert flat[1] - flat[0] < 20
+    assert whole[1] - whole[0] > 150, "the measure sees what is held in memory"
