@@ -23,8 +23,11 @@ from _tables import MEMORY, summary, table
 from scipy import sparse
 
 STAGES = ["train", "latent", "expression", "genes", "de_groups"]
-LARGEST_RISE = 1.25
-"""A query whose peak is at most so many times higher for the most cells than for the fewest counts as flat."""
+LARGEST_SHARE = 0.1
+"""A query is flat when its peak rises, from the fewest cells to the most, by less than this share of what a number for
+each cell and gene would take: far more than a few numbers a cell, and far less than all of them."""
+NOISE_BYTES = 40 * 2**20
+"""By so much two runs of one query may differ; there are too few cells to tell where the share above is less."""
 
 
 def repeated(adata: anndata.AnnData, n_cells: int) -> anndata.AnnData:
@@ -57,20 +60,26 @@ def _errors(result: dict[str, Any]) -> dict[str, str]:
 
 
 def growth_table(found: dict[str, Any]) -> str:
-    """Lay out MiB that each query adds to what the process held before it, and their rise."""
+    """Lay out MiB that each query adds to what the process held before it, and their rise beside that of all genes."""
     kept = {int(cells): result for cells, result in found.items() if "failure" not in result}
     lines = [f"{'MiB added by a query':26}" + "".join(f"{cells:>16,}" for cells in kept) + "   rise"]
     names = list(dict.fromkeys(name for result in kept.values() for name in result["growth_bytes"]))
     for name in names:
-        sizes = [result["growth_bytes"].get(name) for result in kept.values()]
         if any(name in result["errors"] for result in kept.values()):
             lines.append(f"{name:26}  failed")
             continue
-        rise = sizes[-1] / max(sizes[0], 1)
-        verdict = "flat" if rise <= LARGEST_RISE else "grows"
+        sizes = [result["growth_bytes"][name] for result in kept.values()]
         cells = "".join(f"{size / 2**20:>16.1f}" for size in sizes)
-        lines.append(f"{name:26}{cells}{rise:>7.2f}   {verdict}")
+        whole = 4 * (max(kept) - min(kept)) * max(result["n_genes"] for result in kept.values())
+        lines.append(f"{name:26}{cells}{_verdict(sizes[-1] - sizes[0], whole)}")
     return "\n".join(lines)
+
+
+def _verdict(rise: int, whole: int) -> str:
+    """Judge a rise in bytes against that of an answer with a float32 for each cell and gene."""
+    if LARGEST_SHARE * whole < NOISE_BYTES:
+        return "      -   too few cells to tell"
+    return f"{rise / whole:>7.2f}   {'flat' if rise < LARGEST_SHARE * whole else 'grows'}"
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

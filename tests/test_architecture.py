@@ -35,8 +35,8 @@ FLOORS = {
     "report": 3,
     "cli": 3,
 }
-# Errors serve everyone; networks read the non-zeros that the likelihoods index; on the top floor the command makes the
-# report, and the report makes the plots.
+# Errors serve everyone; networks read the non-zeros that the likelihoods index, and compile their loops with the tool
+# of the likelihoods (nn/normaliser.py); on the top floor the command makes the report, and the report makes the plots.
 ALLOWED_BESIDE = {("nn", "distributions"), ("report", "plotting"), ("cli", "report"), ("cli", "plotting")}
 # What a folder may not know, wherever the import stands.
 UNKNOWN = {
@@ -319,6 +319,7 @@ def test_vocabulary_page_has_the_house_words():
     words = ["counts", "batch", "label", "library", "size_factor", "z", "rho", "theta", "cells"]
     words += ["n_cells", "n_genes", "n_latent", "n_samples"]
     assert not [word for word in words if f"`{word}`" not in page]
+    assert not [word for word in ("block", "draw", "field", "sink") if f"\n| {word} |" not in page]
 
 
 # public names

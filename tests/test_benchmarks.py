@@ -185,13 +185,22 @@ def test_a_run_that_failed_gives_no_ratio(module):
 
 
 def test_growth_is_told_from_flat(module):
+    """The yardstick is an answer of all genes: 720 MB more for 90,000 cells more."""
     memory = module("memory")
-    found = {
-        str(cells): {"growth_bytes": {"a": 2**20, "b": cells * 2**10}, "errors": {}}
-        for cells in (1000, 10_000)
-    }
-    lines = memory.growth_table(found).splitlines()
-    assert lines[1].endswith("1.00   flat") and lines[2].endswith("10.00   grows")
+
+    def table(few, many, n_cells=(10_000, 100_000)):
+        found = {
+            str(cells): {"growth_bytes": {"a": added}, "n_genes": 2000, "errors": {}}
+            for cells, added in zip(n_cells, (few, many), strict=True)
+        }
+        return memory.growth_table(found).splitlines()[1]
+
+    assert table(130 * 2**20, 141 * 2**20).endswith("0.02   flat")
+    assert table(2**20, 5 * 2**20).endswith("0.01   flat"), "ten numbers a cell are few"
+    assert table(141 * 2**20, 130 * 2**20).endswith("-0.02   flat")
+    assert table(130 * 2**20, 210 * 2**20).endswith("0.12   grows")
+    assert table(800 * 2**20, 1520 * 2**20).endswith("grows")
+    assert table(0, 2**30, (1000, 3000)).endswith("too few cells to tell")
 
 
 def test_cells_are_repeated_in_their_order(module):

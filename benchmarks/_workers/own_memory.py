@@ -50,7 +50,12 @@ def main() -> None:
             before = release()
             meter.run(name, ask)
             growth[name] = meter.peaks[name] - before
-    told = {"growth_bytes": growth, "seconds": meter.seconds, "errors": meter.errors}
+    told = {
+        "growth_bytes": growth,
+        "n_genes": adata.n_vars,
+        "seconds": meter.seconds,
+        "errors": meter.errors,
+    }
     print(RESULT + json.dumps(told), flush=True)
 
 

@@ -7,15 +7,22 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pyrocell.data.sinks import Asked, GivenArray, NewArray, Sink, Where
 from pyrocell.data.zarr_sink import Zarr
 from pyrocell.errors import QueryError
 
-__all__ = ["Filling", "Out"]
+__all__ = ["Filled", "FilledTable", "Filling", "Out"]
 
 Out = Sink | np.ndarray | str | Path | None
 """Where an answer goes: a sink, an array, the path of a zarr array, or a new array."""
+
+Filled = np.ndarray | Any
+"""What a verb with ``out`` returns: a new array by default, else what was written to (an array, or a zarr array)."""
+
+FilledTable = pd.DataFrame | Filled
+"""The same where the default is a table with names, or an array of several draws."""
 
 
 def _sink(out: Out) -> Sink:
@@ -85,7 +92,7 @@ class Filling:
             self._writer = self._sink.open(self._asked, shape, values.shape)
         self._writer.write(where, values)
 
-    def kept(self) -> Any:
+    def kept(self) -> Filled:
         """Finish, and return what was filled."""
         writer, self._writer = self._writer, None
         assert writer is not None  # a question has at least one cell

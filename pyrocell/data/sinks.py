@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from pyrocell.data.overlap import overlaps_itself, place_of_array
 from pyrocell.data.slots import is_mudata
 from pyrocell.errors import QueryError, list_some
 
@@ -39,6 +40,8 @@ class Asked:
         Number of draws that are kept side by side; None for one value, or an average.
     inputs
         Keys of the data that the model reads.
+    own
+        The model's own data, where others are asked about, too; None for a model that was loaded without.
     """
 
     adata: AnnData | MuData
@@ -47,6 +50,7 @@ class Asked:
     features: Sequence[str]
     n_draws: int | None
     inputs: Collection[str] = ()
+    own: AnnData | MuData | None = None
 
 
 class _Array:
@@ -68,9 +72,9 @@ class _Array:
 class _Kept(_Array):
     """A new array that is put into the data once it is complete."""
 
-    def __init__(self, array: np.ndarray, slot: Any, key: str) -> None:
+    def __init__(self, array: np.ndarray, sink: _OfAnnData, asked: Asked) -> None:
         super().__init__(array)
-        self.slot, self.key = slot, key
+        self.sink, self.asked = sink, asked
         self.columns: np.ndarray | None = None
 
     def write(self, where: Where, values: np.ndarray) -> None:
@@ -80,7 +84,14 @@ class _Kept(_Array):
             self.array[where[0], self.columns] = values
 
     def close(self) -> Any:
-        self.slot[self.key] = self.array
+        try:
+            self.sink.check_free(self.asked)
+        except QueryError as error:
+            raise QueryError(
+                f"{self.sink.key!r} was added to the data while the question was answered; it is left as it is, and "
+                f"the answer is not kept. {error}"
+            ) from error
+        self.sink.slot(self.asked)[self.sink.key] = self.array
         return self.array
 
 
@@ -113,14 +124,15 @@ class GivenArray(Sink):
     Parameters
     ----------
     array
-        float32 or float64. It is filled with NaN first: whatever interrupts us, old values do not pass for new ones.
+        float32 or float64, apart from the memory of the data. It is filled with NaN first: whatever interrupts us, old
+        values do not pass for new ones.
     """
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
     def check(self, asked: Asked) -> None:
-        """Refuse an array that cannot hold the numbers."""
+        """Refuse an array that cannot hold the numbers, and one of the data, which filling would destroy."""
         if self.array.dtype.kind != "f" or not np.can_cast(np.float32, self.array.dtype):
             raise QueryError(
                 f"The array given as out has type {self.array.dtype}; expected float32 or float64."
@@ -129,6 +141,18 @@ class GivenArray(Sink):
             raise QueryError(
                 "The array given as out cannot be written to; give one that can (np.memmap with mode='r+' or 'w+')."
             )
+        if overlaps_itself(self.array):
+            raise QueryError(
+                f"Entries of the array given as out, of shape {self.array.shape} and strides {self.array.strides}, lie "
+                "at the same place in memory; give one whose entries are apart, such as a copy()."
+            )
+        for data in (asked.adata, asked.own):
+            place = None if data is None else place_of_array(self.array, data)
+            if place is not None:
+                raise QueryError(
+                    f"The array given as out has its memory or its file in common with {place} of the data, which "
+                    "would be lost; give an array of its own."
+                )
 
     def open(self, asked: Asked, shape: tuple[int, ...], block: tuple[int, ...]) -> _Array:
         """Refuse another shape, and empty the array."""
@@ -146,7 +170,7 @@ class _OfAnnData(Sink):
     overwrite: bool = False
 
     @abstractmethod
-    def _slot(self, asked: Asked) -> Any:
+    def slot(self, asked: Asked) -> Any:
         """Return the mapping of the data that the answer goes into."""
 
     def check(self, asked: Asked) -> None:
@@ -172,7 +196,11 @@ class _OfAnnData(Sink):
             raise QueryError(
                 f"The model reads {self.key!r}, so {self} would change its data; use another key."
             )
-        if self.key in self._slot(asked) and not self.overwrite:
+        self.check_free(asked)
+
+    def check_free(self, asked: Asked) -> None:
+        """Refuse a key that is taken; asked again at the end, when another may have taken it."""
+        if self.key in self.slot(asked) and not self.overwrite:
             raise QueryError(
                 f"The data already have {self.key!r} there; use another key, or {type(self).__name__}({self.key!r}, "
                 "overwrite=True) to replace it."
@@ -180,7 +208,7 @@ class _OfAnnData(Sink):
 
     def open(self, asked: Asked, shape: tuple[int, ...], block: tuple[int, ...]) -> _Kept:
         self.check_shape(asked, shape)
-        return _Kept(np.empty(shape, dtype=np.float32), self._slot(asked), self.key)
+        return _Kept(np.empty(shape, dtype=np.float32), self, asked)
 
     def check_shape(self, asked: Asked, shape: tuple[int, ...]) -> None:
         """Refuse an answer that is no matrix with a row for each cell."""
@@ -203,7 +231,7 @@ class Layer(_OfAnnData):
     key
         Name of the layer.
     overwrite
-        Whether a layer of this name may be replaced.
+        Whether a layer of this name may be replaced. One that was added during the question is not, either.
 
     Notes
     -----
@@ -212,7 +240,8 @@ class Layer(_OfAnnData):
     ``adata.var_names``.
     """
 
-    def _slot(self, asked: Asked) -> Any:
+    def slot(self, asked: Asked) -> Any:
+        """Return ``layers``."""
         return asked.adata.layers
 
     def check(self, asked: Asked) -> None:
@@ -263,5 +292,14 @@ class Obsm(_OfAnnData):
         Whether what has this name may be replaced.
     """
 
-    def _slot(self, asked: Asked) -> Any:
+    def slot(self, asked: Asked) -> Any:
+        """Return ``obsm``."""
         return asked.adata.obsm
+
+    def check_free(self, asked: Asked) -> None:
+        """Refuse also the names of modalities, under which a MuData says which cells each of them has."""
+        if is_mudata(asked.adata) and self.key in cast("MuData", asked.adata).mod:
+            raise QueryError(
+                f"{self.key!r} is a modality, and mdata.obsm[{self.key!r}] says which cells it has; use another key."
+            )
+        super().check_free(asked)

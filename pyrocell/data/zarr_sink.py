@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
@@ -26,15 +27,17 @@ _ZARR_ARRAY, _ZARR_GROUP = ".zarray", ".zgroup"  # of zarr's format 2; format 3 
 class Zarr(Sink):
     """Write an answer into a zarr array on disk, a block of cells at a time: ``out="denoised.zarr"`` for short.
 
-    Only a block, or a file of the array (4 MB, if that is more), is held in memory. The array is written beside its
-    place, and moved there when it is complete: nothing that was interrupted has its name.
+    Only a block (8 MB by default), or a file of the array (4 MB, if that is more), is held in memory. The array is
+    written beside its place, and moved there when it is complete: nothing that was interrupted has its name.
 
     Parameters
     ----------
     path
         Folder of the array, on a local disk, in a folder that exists; not inside another zarr group.
     overwrite
-        Whether a zarr array at this path may be replaced, which happens once the new one is complete.
+        Whether a zarr array at this path may be replaced, which happens once the new one is complete. What appears
+        there in the meantime is looked at again: the answer then keeps its name ending in ``.partial``, which the error
+        tells.
 
     Notes
     -----
@@ -62,23 +65,12 @@ class Zarr(Sink):
                 f"out={str(self.path)!r} lies inside the zarr group {group}, whose list of contents would not know of "
                 "it; give a path of its own."
             )
-        if place.is_symlink() or place.exists():
-            self._check_replacing(place)
-
-    def _check_replacing(self, place: Path) -> None:
-        if not self.overwrite:
-            raise QueryError(
-                f"There is already something at out={str(self.path)!r}; use another path, or "
-                f"Zarr({str(self.path)!r}, overwrite=True) to replace a zarr array."
-            )
-        if place.is_symlink() or not _holds_zarr(place, (_ZARR_ARRAY, "zarr.json")) or _is_group(place):
-            raise QueryError(
-                f"out={str(self.path)!r} is no zarr array, and is not replaced; remove it yourself."
-            )
+        _check_free(place, overwrite=self.overwrite)
 
     def open(self, asked: Asked, shape: tuple[int, ...], block: tuple[int, ...]) -> _OnDisk:
         """Start the array beside its place."""
-        return _OnDisk(Path(self.path).absolute(), shape, block, by_rows=asked.n_draws is None)
+        place, by_rows = Path(self.path).absolute(), asked.n_draws is None
+        return _OnDisk(place, shape, block, by_rows=by_rows, overwrite=self.overwrite)
 
 
 def _import_zarr() -> Any:
@@ -96,17 +88,46 @@ def _holds_zarr(folder: Path, names: tuple[str, ...] = (_ZARR_ARRAY, _ZARR_GROUP
     return any((folder / name).is_file() for name in names)
 
 
-def _is_group(folder: Path) -> bool:
-    record = folder / "zarr.json"
-    return record.is_file() and json.loads(record.read_text()).get("node_type") != "array"
+def _check_free(place: Path, *, overwrite: bool) -> None:
+    """Refuse a place that is taken, unless by a zarr array that may be replaced."""
+    if not (place.is_symlink() or place.exists()):
+        return
+    if not overwrite:
+        raise QueryError(
+            f"There is already something at out={str(place)!r}; use another path, or Zarr({str(place)!r}, "
+            "overwrite=True) to replace a zarr array."
+        )
+    if not _is_array(place):
+        raise QueryError(f"out={str(place)!r} is no zarr array, and is not replaced; remove it yourself.")
+
+
+def _is_array(place: Path) -> bool:
+    if place.is_symlink() or not _holds_zarr(place, (_ZARR_ARRAY, "zarr.json")):
+        return False
+    record = place / "zarr.json"
+    return not record.is_file() or _node_type(record) == "array"
+
+
+def _node_type(record: Path) -> Any:
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))["node_type"]
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise QueryError(
+            f"{record} cannot be read as the record of a zarr array or group ({type(error).__name__}: {error}), so "
+            "that its folder is not replaced; mend it, or remove the folder yourself."
+        ) from error
 
 
 class _OnDisk:
     """A zarr array on its way to its place: each of its files is written once, when all rows of it are there."""
 
-    def __init__(self, place: Path, shape: tuple[int, ...], block: tuple[int, ...], *, by_rows: bool) -> None:
-        self.place = place
+    def __init__(
+        self, place: Path, shape: tuple[int, ...], block: tuple[int, ...], *, by_rows: bool, overwrite: bool
+    ) -> None:
+        self.place, self.overwrite = place, overwrite
+        self.complete = False
         self.partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
+        self.before = self.partial.with_suffix(".before")
         self.waiting: list[np.ndarray] = []
         self.start = self.n_waiting = 0
         self.n_rows = 0
@@ -153,26 +174,46 @@ class _OnDisk:
 
     def close(self) -> Any:
         self._flush()
+        self.complete = True  # from here on it is kept, whatever happens
         try:
+            _check_free(self.place, overwrite=self.overwrite)
             self._move()
+        except QueryError as error:
+            raise QueryError(
+                f"{self.place} was taken while the question was answered, by something that may not be replaced, and "
+                f"is left as it is. The answer is complete, in {self.partial}; rename that folder."
+            ) from error
         except OSError as error:
-            self._failed(error)
+            aside = f" What had the name before is in {self.before}." if self.before.exists() else ""
+            raise SaveError(
+                f"{self.place} could not get its name ({error}). The answer is complete, in {self.partial}; rename "
+                f"that folder.{aside}"
+            ) from error
         return _import_zarr().open_array(str(self.place), mode="r")
 
     def _move(self) -> None:
-        """Take the place of what is there, which is removed last."""
-        before = self.partial.with_suffix(".before")
-        there = self.place.exists()
-        if there:
-            self.place.rename(before)
+        """Take the place, which fails where another has taken it; what was there is removed last."""
+        if self.overwrite:
+            self._set_aside()
         try:
             self.partial.rename(self.place)
         except OSError:
-            if there:
-                before.rename(self.place)
+            if self.before.exists() and not self.place.exists():
+                self.before.rename(self.place)
             raise
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(self.before, ignore_errors=True)
+
+    def _set_aside(self) -> None:
+        """Give what is there a name of its own; only then is it sure that nobody puts something else into its place."""
+        with contextlib.suppress(FileNotFoundError):
+            self.place.rename(self.before)
+            try:
+                _check_free(self.before, overwrite=True)
+            except QueryError:
+                self.before.rename(self.place)
+                raise
 
     def abandon(self) -> None:
         self.waiting = []
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if not self.complete:
+            shutil.rmtree(self.partial, ignore_errors=True)

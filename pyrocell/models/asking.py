@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from pyrocell.data import Cells
-from pyrocell.data.filling import Filling, Out
+from pyrocell.data.filling import Filled, FilledTable, Filling, Out
 from pyrocell.data.sinks import Asked
 from pyrocell.errors import QueryError
 from pyrocell.infer.draws import SiteDraws
@@ -166,7 +166,7 @@ class Question:
         beside: Sequence[str] = (),
         finish: Finish | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> Filled:
         """Collect one site of all cells.
 
         Parameters
@@ -222,7 +222,7 @@ class Question:
         return_mean: bool = True,
         finish: Finish | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> Filled:
         """Collect the values of a site as they are; see `array`."""
         options: dict[str, Any] = {"return_mean": return_mean, "finish": finish, "out": out}
         return self.array(site, lambda draws: draws.value, n_samples=n_samples, **options)
@@ -230,8 +230,11 @@ class Question:
     def filling(self, out: Out, n_draws: int | None = None) -> Filling:
         """Check where an answer is to go, and return what takes it there."""
         inputs = {value for value in self.dataset.schema.setup.values() if isinstance(value, str)}
-        data = self.dataset
-        return Filling(out, Asked(data.adata, self.rows, data.n_cells, self.feature_names, n_draws, inputs))
+        data, own = self.dataset, self.model.dataset
+        asked = Asked(
+            data.adata, self.rows, data.n_cells, self.feature_names, n_draws, inputs, own and own.adata
+        )
+        return Filling(out, asked)
 
     def arrays(
         self, site: str, extract: Callable[[SiteDraws], dict[str, torch.Tensor]], *, n_samples: int
@@ -274,7 +277,7 @@ class Question:
         mean, variance = (torch.cat(parts).numpy() for parts in zip(*moments, strict=True))
         return mean, variance
 
-    def latent_mean(self, site: str, out: Out = None) -> Any:
+    def latent_mean(self, site: str, out: Out = None) -> Filled | None:
         """Collect the mean of a Gaussian posterior as `array` does, or return None where there is no closed form."""
         with self.filling(out) as filling:
             for block in self.gaussians(site):
@@ -283,7 +286,7 @@ class Question:
                 filling.add(block[1].float().numpy(), block[0])
             return filling.kept()
 
-    def answer(self, values: Any, out: Out, *, return_numpy: bool = False) -> Any:
+    def answer(self, values: Any, out: Out, *, return_numpy: bool = False) -> FilledTable:
         """Return what a verb gives back: what it wrote to, an array, or by default a table."""
         return values if out is not None or return_numpy or values.ndim == 3 else self.table(values)
 

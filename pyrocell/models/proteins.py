@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import Gamma, Normal
 from torch.nn import functional
 
-from pyrocell.data.filling import Out
+from pyrocell.data.filling import FilledTable, Out
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.effects import lazy_deterministic
 from pyrocell.models.asking import Question
@@ -43,7 +43,7 @@ class ProteinQueries(Queries):
         return_mean: bool = True,
         batch_size: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> FilledTable:
         """Return the denoised proteins of each cell, in counts, without the efficiency of the batch.
 
         Proteins that were not measured in a cell are predicted from what was.
@@ -98,7 +98,7 @@ class ProteinQueries(Queries):
         n_samples: int = 1,
         batch_size: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> FilledTable:
         """Return the probability that a protein is more than background in a cell, given the cell's latent.
 
         It does not look at the one count in question, but at what the whole cell says.
@@ -127,7 +127,7 @@ class ProteinQueries(Queries):
         n_samples: int = 1,
         batch_size: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> FilledTable:
         """Return the expected background of each protein in each cell, in counts.
 
         Parameters
@@ -156,7 +156,7 @@ class ProteinQueries(Queries):
         question.over(self.expression_sites[str(self.protein_site)], protein_list)
         return question
 
-    def _protein_table(self, question: Question, site: str, n_samples: int, out: Out) -> Any:
+    def _protein_table(self, question: Question, site: str, n_samples: int, out: Out) -> FilledTable:
         with self.asking():
             return question.answer(question.values(site, n_samples, out=out), out)
 

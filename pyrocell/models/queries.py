@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from pyrocell.data.filling import Out
+from pyrocell.data.filling import Filled, FilledTable, Out
 from pyrocell.errors import QueryError
 from pyrocell.infer.draws import SiteDraws
 from pyrocell.infer.streams import seeded
@@ -58,7 +58,7 @@ class Queries(ModelCore):
         batch_size: int | None = None,
         seed: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> Filled:
         """Draw any named site of the model, for cells as they are or as they would be.
 
         Parameters
@@ -117,7 +117,7 @@ class Queries(ModelCore):
         n_samples: int = 5000,
         batch_size: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> Filled | tuple[np.ndarray, np.ndarray]:
         """Return the latent of each cell.
 
         Parameters
@@ -171,7 +171,7 @@ class Queries(ModelCore):
         return_numpy: bool = False,
         batch_size: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> FilledTable:
         """Return the denoised expression of each cell.
 
         Parameters

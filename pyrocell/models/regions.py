@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from pyrocell.data import prototype_cells
-from pyrocell.data.filling import Out
+from pyrocell.data.filling import Filled, FilledTable, Out
 from pyrocell.errors import QueryError
 from pyrocell.infer.effects import AtMean
 from pyrocell.infer.scale_sampler import DifferentialOptions
@@ -58,7 +58,7 @@ class Regions(Comparisons):
         return_numpy: bool = False,
         batch_size: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> FilledTable | sparse.csr_matrix:
         """Return the probability that each region is open in each cell.
 
         Parameters
@@ -130,7 +130,7 @@ class Regions(Comparisons):
         *,
         by_depth: bool,
         out: Out = None,
-    ) -> Any:
+    ) -> Filled:
         """Return the accessibility over draws, or at the posterior mean of the latent, with the factors asked for."""
         depth = str(self.depth_site)
         with self.asking(), AtMean() if n_samples is None else nullcontext():

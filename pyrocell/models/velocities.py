@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from pyrocell.data import Cells
-from pyrocell.data.filling import Out
+from pyrocell.data.filling import Filled, FilledTable, Out
 from pyrocell.errors import QueryError
 from pyrocell.infer.effects import AtMean
 from pyrocell.models.asking import Finish, Question
@@ -50,7 +50,7 @@ class Velocities(Queries):
         return_numpy: bool = False,
         batch_size: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> FilledTable:
         """Return the velocity of each gene in each cell: change of the layer's values per unit of time.
 
         Parameters
@@ -109,7 +109,7 @@ class Velocities(Queries):
         return_numpy: bool = False,
         batch_size: int | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> FilledTable:
         """Return the time of each gene in each cell, from 0 to ``t_max``; each gene has a clock of its own.
 
         Parameters
@@ -272,7 +272,7 @@ class Velocities(Queries):
         return_mean: bool = True,
         finish: Finish | None = None,
         out: Out = None,
-    ) -> Any:
+    ) -> Filled:
         check_choice("The statistic", statistic, ("mean", "max"))
         site = name if statistic == "mean" else f"{name}_max"
         with self._decoded(n_samples):

@@ -103,6 +103,6 @@ def largest_and_sum(x: Tensor) -> tuple[Tensor, Tensor]:
     if not looped or (x.requires_grad and torch.is_grad_enabled()):
         largest = x.amax(-1, keepdim=True)
         return largest, (x - largest).exp().sum(-1, keepdim=True)
-    largest, sums = torch.empty(len(x), 1), torch.empty(len(x), 1)
+    largest, sums = x.new_empty(len(x), 1), x.new_empty(len(x), 1)
     _fill(x.detach().numpy(), largest.numpy()[:, 0], sums.numpy()[:, 0])
     return largest, sums

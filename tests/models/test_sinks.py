@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
+import typing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import pyrocell
 from pyrocell import PEAKVI, SCVI, TOTALVI, VELOVI
 from pyrocell.data import Layer, Obsm, Zarr, synthetic_iid
 from pyrocell.errors import QueryError
+from pyrocell.models import asking
 from tests.models import peak_memory
 
 pytestmark = pytest.mark.skipif(find_spec("zarr") is None, reason="zarr is not installed")
@@ -37,6 +41,21 @@ def fitted():
     model = SCVI(adata, gene_likelihood="nb")
     model.train(1)
     return model
+
+
+@pytest.mark.parametrize("kind", [SCVI, TOTALVI, PEAKVI, VELOVI])
+def test_verbs_with_a_sink_say_what_they_return(kind):
+    """By default an array, or a table: not anything at all."""
+    told = {
+        name: eval(verb.__annotations__["return"], verb.__globals__)
+        for name, verb in inspect.getmembers(kind, inspect.isfunction)
+        if not name.startswith("_") and "out" in inspect.signature(verb).parameters
+    }
+    assert {"posterior", "get_latent_representation"} < set(told)
+    for name, kinds in told.items():
+        table = name not in ("posterior", "get_latent_representation")
+        assert np.ndarray in typing.get_args(kinds), name
+        assert (pd.DataFrame in typing.get_args(kinds)) == table, name
 
 
 def in_all_sinks(ask, tmp_path, adata=None):
@@ -161,6 +180,24 @@ def test_a_layer_that_the_model_reads_is_no_place_for_answers(fitted):
     with pytest.raises(QueryError, match="10 columns"):
         fitted.posterior("z", out=Layer("z"))
     assert set(fitted.dataset.adata.layers) == {"counts"}
+
+
+@pytest.mark.parametrize("place", ["counts", "X"])
+def test_the_data_that_a_model_reads_are_no_place_for_answers(place):
+    """They would be NaN before the second block is read."""
+    adata = synthetic_iid(n_cells=60, n_genes=20)
+    counts = adata.layers["counts"].toarray().astype(np.float32)
+    adata.X, adata.layers["counts"] = counts.copy(), counts.copy()
+    SCVI.setup_anndata(adata, layer="counts")
+    model = SCVI(adata)
+    model.train(1)
+    given = adata.X if place == "X" else adata.layers[place]
+    for other in (None, adata.copy()):
+        with pytest.raises(QueryError, match="in common with"):
+            model.posterior("rho", other, out=given, batch_size=20)
+        with pytest.raises(QueryError, match="in common with"):
+            model.get_normalized_expression(other, out=given)
+    assert np.array_equal(given, counts)
 
 
 def test_refusals_come_before_work(fitted, tmp_path, monkeypatch):
@@ -295,6 +332,12 @@ def _made(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ memory
 
 
+def test_the_guide_knows_the_size_of_a_block():
+    page = (Path(__file__).parents[2] / "docs/user_guide/large_data.md").read_text(encoding="utf-8")
+    assert f"({4 * asking._BLOCK_NUMBERS / 1e6:.0f} MB, or sixteen cells" in page
+    assert asking._SMALLEST_BLOCK == 16
+
+
 def write_cells(path, n_cells, n_genes):
     counts = sparse.random(n_cells, n_genes, density=0.01, format="csr", dtype=np.float32, random_state=0)
     counts.data = np.ceil(counts.data)
@@ -310,9 +353,9 @@ def write_cells(path, n_cells, n_genes):
 @pytest.mark.slow
 @pytest.mark.skipif(not peak_memory.CLEAR.exists(), reason="peaks of memory are read where Linux tells them")
 def test_memory_is_flat_with_a_sink(tmp_path):
-    """From 10,000 to 100,000 cells; the answer itself grows by 171 MB, which the table in memory shows."""
+    """From 30,000 to 120,000 cells; the answer itself grows by 180 MB, which the table in memory shows."""
     n_genes = 500
-    data = {n: write_cells(tmp_path / f"{n}.h5ad", n, n_genes) for n in (500, 10_000, 100_000)}
+    data = {n: write_cells(tmp_path / f"{n}.h5ad", n, n_genes) for n in (500, 30_000, 120_000)}
     small = read_h5ad(data[500])
     SCVI.setup_anndata(small)
     model = SCVI(small, gene_likelihood="nb")
@@ -322,13 +365,14 @@ def test_memory_is_flat_with_a_sink(tmp_path):
     def rise(n, out):
         command = [sys.executable, "-m", "tests.models.peak_memory"]
         command += [str(tmp_path / "model"), str(data[n]), str(out)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-        )
+        # GNU's allocator keeps what was freed unless it is told to give arrays back: that would count as held.
+        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+        folder = Path(__file__).parents[2]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=env)
         return int(done.stdout.split()[-1]) / 1e6
 
-    flat = [rise(n, tmp_path / f"{n}.zarr") for n in (10_000, 100_000)]
-    whole = [rise(n, "-") for n in (10_000, 100_000)]
+    flat = [rise(n, tmp_path / f"{n}.zarr") for n in (30_000, 120_000)]
+    whole = [rise(n, "-") for n in (30_000, 120_000)]
     print(f"rise of resident memory, MB: zarr {flat}, table {whole}")
-    assert flat[1] - flat[0] < 50
-    assert whole[1] - whole[0] > 120, "the measure sees what is held in memory"
+    assert flat[1] - flat[0] < 20
+    assert whole[1] - whole[0] > 150, "the measure sees what is held in memory"

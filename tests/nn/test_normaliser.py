@@ -48,9 +48,23 @@ def test_gradients_and_other_precisions_take_the_plain_way():
     x = torch.randn(3, 70, requires_grad=True)
     log_sum_exp(x).sum().backward()
     assert torch.allclose(x.grad, x.detach().softmax(-1), atol=1e-6)
-    assert torch.allclose(
-        log_sum_exp(torch.randn(70, 3).T), log_sum_exp(torch.randn(70, 3).T * 0) * 0, atol=20
+    turned = torch.randn(70, 3).T  # not contiguous
+    torch.testing.assert_close(
+        log_sum_exp(turned)[:, 0].double(), turned.double().logsumexp(-1), rtol=2e-7, atol=2e-7
     )
+
+
+def test_the_default_type_is_not_looked_at():
+    x = torch.randn(4, 70, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    wanted = largest_and_sum(x)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = largest_and_sum(x)
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("n_genes", [50, 2500])
