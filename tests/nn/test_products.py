@@ -72,6 +72,7 @@ def test_large_products(leading, monkeypatch):
     x = torch.randn(*leading, 128, N_IN, requires_grad=True)
     weight, bias, _ = parameters()
     grad = torch.randn(*leading, 128, N_OUT)
+    monkeypatch.setattr(products, "_is_intel", lambda: False)
     found = gradients(x, weight, bias, grad)
     monkeypatch.setattr(products, "_has_onednn", lambda: False)
     plain = gradients(x, weight, bias, grad)
@@ -87,6 +88,10 @@ def test_large_products_are_onednns(monkeypatch):
     real = products._onednn
     monkeypatch.setattr(products, "_onednn", lambda *a: calls.append(a) or real(*a))
     x, weight = torch.randn(128, N_IN), torch.randn(N_IN, N_OUT)
+    monkeypatch.setattr(products, "_is_intel", lambda: True)
+    linear(x, weight, torch.zeros(N_OUT))
+    assert not calls, "MKL is the faster one on processors of its maker"
+    monkeypatch.setattr(products, "_is_intel", lambda: False)
     linear(x, weight, torch.zeros(N_OUT))
     assert len(calls) == 1
     linear(x[:4], weight, torch.zeros(N_OUT))  # small
