@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyrocell import settings
 
 __all__ = ["ProgressBar"]
@@ -11,20 +13,25 @@ class ProgressBar:
     """A bar that says loss, speed and time left, or nothing when progress is off."""
 
     def __init__(self, total: int, initial: int) -> None:
-        from tqdm.std import tqdm
+        self._bar: Any = None
+        if (
+            settings.progress
+        ):  # a bar that is off would start tqdm's thread, and take a lock shared with forks
+            from tqdm.std import tqdm
 
-        self._bar = tqdm(
-            total=total, initial=initial, unit="epoch", disable=not settings.progress, dynamic_ncols=True
-        )
+            self._bar = tqdm(total=total, initial=initial, unit="epoch", dynamic_ncols=True)
 
     def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def show(self, row: dict[str, float]) -> None:
         """Advance by one epoch."""
+        if self._bar is None:
+            return
         shown = {"loss": f"{row['elbo_train']:.1f}"}
         if "elbo_validation" in row:
             shown["validation"] = f"{row['elbo_validation']:.1f}"

@@ -15,6 +15,7 @@ from pyrocell.errors import LoadError, PyrocellWarning, TrainingError
 from pyrocell.infer.checkpoint import read_checkpoint
 from pyrocell.infer.elbo import Elbo
 from pyrocell.infer.plan import TrainingPlan
+from pyrocell.infer.progress import ProgressBar
 from pyrocell.infer.split import chosen_rows, default_kl_warmup, default_max_epochs, split_cells
 from pyrocell.infer.streams import RandomStream
 from pyrocell.infer.tally import Tally
@@ -277,3 +278,18 @@ def test_extra_terms_that_come_and_go_are_refused():
     trainer = extra_trainer(torch.randn(16), lambda step: {"some": torch.tensor(1.0)} if step else {})
     with pytest.raises(TrainingError, match="gave 'some' in this step, and nothing in the first"):
         trainer.fit(toy_minibatches(torch.randn(16), 8))
+
+
+def test_without_progress_there_is_no_bar(monkeypatch):
+    """tqdm takes a lock that forks share: a fork killed while it holds it would stop all the others."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a bar was made")
+
+    monkeypatch.setattr("tqdm.std.tqdm", refuse)
+    monkeypatch.setattr(settings, "progress", False)
+    with ProgressBar(3, 0) as bar:
+        bar.show({"elbo_train": 1.0})
+    monkeypatch.setattr(settings, "progress", True)
+    with pytest.raises(AssertionError, match="a bar was made"):
+        ProgressBar(3, 0)
