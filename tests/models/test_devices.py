@@ -114,9 +114,13 @@ def test_recorded_steps_are_the_plain_ones(name, recorded):
     assert losses[0][-1] < losses[0][0] or name == "Tangram-constrained"  # the filter takes longer to decide
 
 
-def test_a_learning_rate_that_falls_reaches_the_recorded_step(recorded):
+@pytest.mark.parametrize(
+    "plan",
+    [TrainingPlan(lr_plateau=True, lr_patience=1, lr_factor=0.1), TrainingPlan(lr_decay=1.0)],
+    ids=["plateau", "decay"],
+)
+def test_a_learning_rate_that_falls_reaches_the_recorded_step(plan, recorded):
     model = CASES["SCVI"].make()
-    plan = TrainingPlan(lr_plateau=True, lr_patience=1, lr_factor=0.1)
     model.train(40, batch_size=64, n_epochs_kl_warmup=0, lr=0.05, device="cuda", plan=plan)
     assert recorded and model.history["lr"].iloc[-1] < model.history["lr"].iloc[0]
     assert np.isfinite(model.history["elbo_train"]).all()
