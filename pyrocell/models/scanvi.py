@@ -18,7 +18,6 @@ from pyrocell.data import Category, Cells, Schema
 from pyrocell.distributions import StandardNormal
 from pyrocell.errors import SetupError
 from pyrocell.infer.effects import Site
-from pyrocell.infer.plan import TrainingPlan
 from pyrocell.models.asking import Question
 from pyrocell.models.labels import ClassifierOptions, probability_table
 from pyrocell.models.scvi import SCVI, Dispersion, Likelihood
@@ -94,7 +93,6 @@ class SCANVI(SCVI):
 
     default_train_size = 1.0  # a label that is held out teaches nothing
     max_epochs_cap, default_lr, default_lr_decay = 400, 1e-3, 0.0  # what SCVI does was not tried with labels
-    default_plan = TrainingPlan()
 
     def __init__(
         self,

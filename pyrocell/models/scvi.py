@@ -21,7 +21,6 @@ from pyrocell.distributions import (
 )
 from pyrocell.errors import SetupError
 from pyrocell.infer.effects import NO_WARMUP, lazy_deterministic
-from pyrocell.infer.plan import TrainingPlan
 from pyrocell.models.base import CellModel
 from pyrocell.models.options import check_choices, check_sizes, of_group
 from pyrocell.nn import Covariates, DecoderOutput, GaussianEncoder, ProfileDecoder
@@ -117,7 +116,6 @@ class SCVI(CellModel):
     max_epochs_cap = 80
     default_lr = 1e-2
     default_lr_decay = 0.5
-    default_plan = TrainingPlan(patience=9, lr_patience=6)  # a fifth too, as of the epochs
 
     def __init__(
         self,

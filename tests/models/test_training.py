@@ -143,8 +143,8 @@ def test_an_optimizer_of_the_user_keeps_its_learning_rate():
 
 def test_patience_that_cannot_act_is_told(caplog):
     model = make_short()
-    model.train(8, early_stopping=True)  # 4 epochs of warm-up, then 4, and a patience of 9
-    assert "patience is 9, and 4 epochs follow the warm-up" in caplog.text
+    model.train(8, early_stopping=True)  # 4 epochs of warm-up, then 4
+    assert "patience is 45, and 4 epochs follow the warm-up" in caplog.text
     caplog.clear()
     model.train(8, early_stopping=True, plan=TrainingPlan(patience=2))
     model.train(8)
