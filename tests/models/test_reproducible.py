@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from tests.models import reproducing
 from tests.models.test_contract import CASES
@@ -19,11 +20,15 @@ FEW = ["SCVI"]
 
 
 def elsewhere(names, hash_seed):
-    """Ask another process, in which sets and dicts of text have another order."""
+    """Ask another process, in which sets and dicts of text have another order.
+
+    Sums depend on the number of threads, which scanpy's UMAP changes for the process of the tests.
+    """
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, "-m", "tests.models.reproducing", *names],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONHASHSEED": str(hash_seed)},
+        env=os.environ | threads | {"PYTHONHASHSEED": str(hash_seed)},
         capture_output=True,
         text=True,
         check=False,
