@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from importlib.metadata import version
@@ -21,14 +20,9 @@ class Peer:
     def __init__(self, job: Job) -> None:
         import lightning.pytorch
         import scvi
-        import torch
+        from peer_common import prepare
 
-        for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        torch.set_num_threads(job.threads)
-        scvi.settings.num_threads = job.threads
-        scvi.settings.verbosity = logging.ERROR
-        scvi.settings.seed = job.seed
+        prepare(job.threads, job.seed)
         self._callback = lightning.pytorch.Callback
         self._scvi = scvi
 

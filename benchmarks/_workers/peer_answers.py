@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import scvi
-import torch
 from common import answer_job
+from peer_common import prepare
 
 __all__ = ["QUIET", "answer"]
 
@@ -26,13 +24,4 @@ QUIET: dict[str, Any] = {
 
 def answer(answers: Mapping[str, Callable[..., Any]], *, given: str, told: Callable[[], Any]) -> None:
     """Answer the job named on the command line; arguments as for `common.answer_job`."""
-    answer_job(answers, _prepare, given=given, told=told)
-
-
-def _prepare(job: Mapping[str, Any]) -> None:
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(job["threads"])
-    scvi.settings.num_threads = job["threads"]
-    scvi.settings.verbosity = logging.ERROR
-    scvi.settings.seed = job["seed"]
+    answer_job(answers, lambda job: prepare(job["threads"], job["seed"]), given=given, told=told)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 import warnings
@@ -13,8 +12,8 @@ from typing import Any
 import anndata
 import numpy as np
 import scvi
-import torch
 from common import RESULT
+from peer_common import prepare
 
 warnings.filterwarnings("ignore")
 
@@ -22,12 +21,7 @@ warnings.filterwarnings("ignore")
 def main() -> None:
     """Train a reference, map the query, and write the latents."""
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(job["threads"])
-    scvi.settings.num_threads = job["threads"]
-    scvi.settings.verbosity = logging.ERROR
-    scvi.settings.seed = job["seed"]
+    prepare(job["threads"], job["seed"])
     adata = anndata.read_h5ad(job["data"])
     is_query = adata.obs["is_query"].to_numpy()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 import warnings
@@ -15,8 +14,8 @@ import lightning.pytorch
 import pandas as pd
 import scvi
 import scvi.external
-import torch
 from common import RESULT, SIZES, marker_table, seconds_of_steps
+from peer_common import prepare
 
 warnings.filterwarnings("ignore")
 
@@ -104,12 +103,7 @@ def _options(name: str) -> dict[str, Any]:
 def main() -> None:
     """Train, and print the seconds of each epoch."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(job["threads"])
-    scvi.settings.num_threads = job["threads"]
-    scvi.settings.verbosity = logging.ERROR
-    scvi.settings.seed = job["seed"]
+    prepare(job["threads"], job["seed"])
     adata = anndata.read_h5ad(job["data"])
     print(RESULT + json.dumps({"epoch_seconds": _epoch_seconds(adata, job)}), flush=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["compiled", "exp", "log1p", "minus_expm1"]
+__all__ = ["compiled", "exp", "exp_of_negative", "log1p", "minus_expm1"]
 
 Number = Any  # float32 or float64: the compiler tells them apart, and knows nothing of annotations
 F, I = np.float32, np.int32  # noqa: E741
@@ -75,17 +75,26 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _forgive_a_full_disk(made: Any) -> None:
     """Let a function that was compiled be used, also where it cannot be kept."""
-    save = made._cache.save_overload
+    cache_of_function = getattr(made, "_cache", None)
+    if cache_of_function is None:  # NUMBA_DISABLE_JIT leaves plain Python
+        return
+    save = cache_of_function.save_overload
 
     def save_if_possible(*what: Any) -> None:
         with suppress(OSError):
             save(*what)
 
-    made._cache.save_overload = save_if_possible
+    cache_of_function.save_overload = save_if_possible
 
 
 _UNDERFLOW, _OVERFLOW = F(-87.0), F(88.0)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.4426950408889634), F(0.693359375), F(-2.12194440e-4)
+_ROUNDING, _ONE_BITS = (
+    F(1.5 * 2**23),
+    I(0x3F800000),
+)  # added, the first leaves the nearest whole number in the last bits
+# Taylor's coefficients of (exp(r) - 1 - r) / r^2: 1.2e-7 where |r| is at most log(2) / 2.
+_6, _5, _4, _3, _2 = (F(1 / factorial) for factorial in (720, 120, 24, 6, 2))
 _SQRT_HALF_BITS = I(0x3F3504F3)
 _EXP = tuple(F(1.0 / math.factorial(n)) for n in (6, 5, 4, 3))
 _EXP_FIRST = F(1.0 / math.factorial(7))
@@ -137,6 +146,21 @@ def exp(x: Number) -> Number:
     r = (x - F(n) * _LN2_HIGH) - F(n) * _LN2_LOW
     inside = (_exp_minus_one_of_rest(r) + _ONE) * _power_of_two(n)
     return _ZERO if low else (_INFINITY if high else inside)
+
+
+@compiled
+def exp_of_negative(x: Number) -> Number:
+    """Compute exp(x) in float32 for x <= 0, in half the instructions of one for all x."""
+    x = _UNDERFLOW if x < _UNDERFLOW else x
+    shifted = F(x * _LOG2_E + _ROUNDING)
+    k = shifted - _ROUNDING
+    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
+    p = _6 * r + _5
+    p = p * r + _4
+    p = p * r + _3
+    p = p * r + _2
+    power = I(I(shifted.view(I) << I(23)) + _ONE_BITS).view(F)
+    return (p * (r * r) + (r + _ONE)) * power
 
 
 @compiled

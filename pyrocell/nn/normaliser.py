@@ -8,38 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrocell.distributions.elementary import compiled
+from pyrocell.distributions.elementary import compiled, exp_of_negative
 
 __all__ = ["largest_and_sum"]
 
 Array = np.ndarray
 Number = Any  # float32 or float64: the compiler tells them apart, and knows nothing of annotations
-F, I = np.float32, np.int32  # noqa: E741
-
 _LANES = 64
 """Sums that are added to side by side: the compiler keeps the order of each, so that one alone would be slow."""
-
-_LOWEST = F(-87.0)  # below, the exponential is no normal number: its share of a sum of at least 1 is nothing
-_LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.4426950408889634), F(0.693359375), F(-2.12194440e-4)
-_ROUNDING = F(1.5 * 2**23)  # added, it leaves the nearest whole number in the last bits
-_ONE_BITS, _ONE, _ZERO = I(0x3F800000), F(1.0), F(0.0)
-# Taylor's coefficients of (exp(r) - 1 - r) / r^2: 1.2e-7 where |r| is at most log(2) / 2.
-_6, _5, _4, _3, _2 = (F(1 / factorial) for factorial in (720, 120, 24, 6, 2))
-
-
-@compiled
-def _exp_of_negative(x: Number) -> Number:
-    """Compute exp(x) in float32 for x <= 0, in half the instructions of one for all x."""
-    x = _LOWEST if x < _LOWEST else x
-    shifted = F(x * _LOG2_E + _ROUNDING)
-    k = shifted - _ROUNDING
-    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
-    p = _6 * r + _5
-    p = p * r + _4
-    p = p * r + _3
-    p = p * r + _2
-    power = I(I(shifted.view(I) << I(23)) + _ONE_BITS).view(F)
-    return (p * (r * r) + (r + _ONE)) * power
 
 
 @compiled
@@ -63,15 +39,15 @@ def _largest(row: Array, lanes: Array) -> Number:
 def _sum_of_exp(row: Array, largest: Number, lanes: Array) -> Number:
     n, whole = len(row), len(row) - len(row) % _LANES
     for j in range(_LANES):
-        lanes[j] = _ZERO
+        lanes[j] = np.float32(0.0)
     for start in range(0, whole, _LANES):
         for j in range(_LANES):
-            lanes[j] += _exp_of_negative(row[start + j] - largest)
+            lanes[j] += exp_of_negative(row[start + j] - largest)
     total = 0.0
     for j in range(_LANES):
         total += np.float64(lanes[j])
     for g in range(whole, n):
-        total += np.float64(_exp_of_negative(row[g] - largest))
+        total += np.float64(exp_of_negative(row[g] - largest))
     return total
 
 

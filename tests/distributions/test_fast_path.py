@@ -190,6 +190,11 @@ def test_compiled_code_is_kept_with_the_user_and_not_beside_the_package(tmp_path
     assert set(PACKAGE.rglob("*.nb?")) == before
 
 
+def test_functions_are_there_where_numba_is_turned_off() -> None:
+    code = "import elementary; print(elementary.compiled(lambda x: x + x)(2.0))"
+    assert in_a_new_process(code, NUMBA_DISABLE_JIT="1").startswith("4.0")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files are those of POSIX")
 def test_functions_run_where_the_disk_is_full(tmp_path: Path) -> None:
     limits = (

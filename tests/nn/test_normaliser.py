@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
+from pyrocell.distributions.elementary import exp_of_negative
 from pyrocell.nn import FeatureLinear, ProfileDecoder, select_features
-from pyrocell.nn.normaliser import _exp_of_negative, largest_and_sum
+from pyrocell.nn.normaliser import largest_and_sum
 
 
 def log_sum_exp(x):
@@ -18,10 +19,10 @@ def log_sum_exp(x):
 
 def test_the_exponential_is_right_to_single_precision():
     x = np.linspace(-87, 0, 20_001, dtype=np.float32)
-    found = np.array([_exp_of_negative(value) for value in x], dtype=np.float64)
+    found = np.array([exp_of_negative(value) for value in x], dtype=np.float64)
     np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=3e-7)
-    assert _exp_of_negative(np.float32(-1e30)) < 2e-38
-    assert np.isnan(_exp_of_negative(np.float32(np.nan)))
+    assert exp_of_negative(np.float32(-1e30)) < 2e-38
+    assert np.isnan(exp_of_negative(np.float32(np.nan)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 1000, 8000])
