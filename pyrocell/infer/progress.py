@@ -14,9 +14,8 @@ class ProgressBar:
 
     def __init__(self, total: int, initial: int) -> None:
         self._bar: Any = None
-        if (
-            settings.progress
-        ):  # a bar that is off would start tqdm's thread, and take a lock shared with forks
+        # A bar that is off would start tqdm's thread all the same, and take a lock that forks share.
+        if settings.progress:
             from tqdm.std import tqdm
 
             self._bar = tqdm(total=total, initial=initial, unit="epoch", dynamic_ncols=True)
