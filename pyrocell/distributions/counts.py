@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyrocell.distributions.compiled import ordered_by_column, row_by_row
+from pyrocell.distributions.operators import as_operator
 
 __all__ = ["NonZeros", "attach_nonzeros", "log1p_counts", "working_dtype"]
 
@@ -22,12 +22,24 @@ def working_dtype(device: torch.device) -> torch.dtype:
 class ByColumn(NamedTuple):
     """Non-zero entries ordered by column, then by row."""
 
+    starts: Tensor
+    """Position of the first entry of each column, int64, shape (n_columns,)."""
     rows: Tensor
     """Row of each entry, int64, shape (n_nonzero,)."""
     values: Tensor
     """Its value, shape (n_nonzero,)."""
-    starts: Tensor
-    """Position of the first entry of each column, int64, shape (n_columns,)."""
+
+
+def _order_by_column(bounds: Tensor, cols: Tensor, values: Tensor, n_columns: int) -> tuple[Tensor, ...]:
+    found = ordered_by_column(bounds.numpy(), cols.numpy(), values.numpy(), n_columns)
+    return tuple(map(torch.from_numpy, found))
+
+
+order_by_column = as_operator(
+    "order_by_column(Tensor bounds, Tensor cols, Tensor values, int n_columns) -> (Tensor, Tensor, Tensor)",
+    _order_by_column,
+)
+"""Order entries by column: where each column begins, rows and values, from what `NonZeros` holds row by row."""
 
 
 class NonZeros:
@@ -45,8 +57,9 @@ class NonZeros:
         Size of the counts.
     rows, cols : Tensor, optional
         ``flat // n_columns`` and ``flat % n_columns``, when they are at hand.
-    bounds : ndarray, optional
-        Where each row begins among the entries, and where the last one ends, int64, when it is at hand.
+    bounds : Tensor, optional
+        Where each row begins among the entries, and where the last one ends, int64, shape (n_rows + 1,), when it is at
+        hand.
     """
 
     def __init__(
@@ -58,7 +71,7 @@ class NonZeros:
         n_columns: int,
         rows: Tensor | None = None,
         cols: Tensor | None = None,
-        bounds: np.ndarray | None = None,
+        bounds: Tensor | None = None,
     ) -> None:
         self.flat = flat
         self.values = values
@@ -69,7 +82,7 @@ class NonZeros:
         if cols is not None:
             self.cols = cols
         if bounds is not None:
-            self._bounds = bounds
+            self.bounds = bounds
 
     @cached_property
     def rows(self) -> Tensor:
@@ -84,25 +97,17 @@ class NonZeros:
     @cached_property
     def row_starts(self) -> Tensor:
         """Position of the first entry of each row, int64, shape (n_rows,)."""
-        return torch.from_numpy(self._bounds[:-1])
+        return self.bounds[:-1]
 
     @cached_property
-    def _bounds(self) -> np.ndarray:
-        """Where each row begins among the entries, and where the last one ends."""
-        return np.searchsorted(self.rows.numpy(), np.arange(self.n_rows + 1))
+    def bounds(self) -> Tensor:
+        """Where each row begins among the entries, and where the last one ends, int64, shape (n_rows + 1,)."""
+        return torch.searchsorted(self.rows, torch.arange(self.n_rows + 1))
 
     @cached_property
     def by_column(self) -> ByColumn:
         """The same entries column by column."""
-        starts, rows, values = ordered_by_column(
-            self._bounds, self.cols.numpy(), self.values.numpy(), self.n_columns
-        )
-        return ByColumn(torch.from_numpy(rows), torch.from_numpy(values), torch.from_numpy(starts))
-
-    @cached_property
-    def as_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where each row begins among the entries (one more than rows), their columns, and the counts in float64."""
-        return self._bounds, self.cols.numpy(), self.values.to(torch.float64).numpy()
+        return ByColumn(*order_by_column(self.bounds, self.cols, self.values, self.n_columns))
 
     def __len__(self) -> int:
         """Give the number of non-zero entries."""
@@ -150,7 +155,7 @@ class NonZeros:
             n_columns=self.n_columns,
             rows=self.rows,
             cols=self.cols,
-            bounds=self._bounds,
+            bounds=self.bounds,
         )
 
 
@@ -194,7 +199,9 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
         )
     positions = torch.from_numpy(flat)
     size = {"n_rows": n_rows, "n_columns": n_columns}
-    return NonZeros(positions, values, **size, rows=rows, cols=cols, bounds=bounds).attach_to(x)
+    return NonZeros(
+        positions, values, **size, rows=rows, cols=cols, bounds=torch.from_numpy(bounds)
+    ).attach_to(x)
 
 
 def log1p_counts(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from pyrocell.distributions import compiled
 from pyrocell.distributions.compiled import LOG_RATIO_LIMIT, LOG_THETA_RANGE
 from pyrocell.distributions.counts import NonZeros, working_dtype
 from pyrocell.distributions.gamma import large_log_rising
+from pyrocell.distributions.operators import as_operator
 from pyrocell.distributions.shapes import aligned
 
 __all__ = [
@@ -43,15 +44,52 @@ class Family:
     Attributes
     ----------
     compiled : callable
-        (index, parameters, value, sums, slopes) -> None: scores float32 counts on the CPU, with zero inflation where
-        there is one parameter more, see `pyrocell.distributions.compiled.negative_binomial`.
+        Operator that scores float32 counts on the CPU, with zero inflation where there is one parameter more; see
+        `_operator_of`.
     everywhere : callable
         (counts, parameters) -> log P(x) of every count and its derivative in each parameter, in the working
         precision, each (n_samples, n_rows, n_columns). The counts are (1, n_rows, n_columns).
     """
 
-    compiled: Callable[..., None]
+    compiled: Callable[..., list[Tensor]]
     everywhere: Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
+
+
+def _operator_of(loop: Callable[..., None]) -> Callable[..., list[Tensor]]:
+    """Make an operator of a loop over rows, see `pyrocell.distributions.compiled.negative_binomial`.
+
+    It takes where each row begins among the non-zeros (one more than rows), their columns and the counts there, the
+    parameters, and whether to sum the last dimension and whether slopes are wanted. It returns log-probabilities, and
+    slopes if they are. What nobody asked for is written into one row, again and again.
+    """
+
+    def score(
+        bounds: Tensor,
+        cols: Tensor,
+        values: Tensor,
+        parameters: list[Tensor],
+        *,
+        sum_last: bool,
+        learns: bool,
+    ) -> list[Tensor]:
+        like = parameters[0]
+        row = (1, 1, like.shape[-1])
+        value = like.new_empty(row if sum_last else like.shape)
+        sums = like.new_empty(like.shape[:-1] if sum_last else (0, 0))
+        slopes = [like.new_empty(like.shape if learns else row) for _ in parameters]
+        loop(
+            (bounds.numpy(), cols.numpy(), values.to(torch.float64).numpy()),
+            tuple(parameter.detach().numpy() for parameter in parameters),
+            value.numpy(),
+            sums.numpy(),
+            tuple(slope.numpy() for slope in slopes),
+        )
+        return [sums if sum_last else value, *(slopes if learns else [])]
+
+    arguments = (
+        "Tensor bounds, Tensor cols, Tensor values, Tensor[] parameters, *, bool sum_last, bool learns"
+    )
+    return as_operator(f"{loop.__name__}({arguments}) -> Tensor[]", score)
 
 
 def _negative_binomial_everywhere(counts: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -70,7 +108,7 @@ def _negative_binomial_everywhere(counts: Tensor, parameters: Sequence[Tensor]) 
     return [value, mean_slope, (slope + log_rest).mul_(theta).sub_(mean_slope)]
 
 
-negative_binomial = Family(compiled.negative_binomial, _negative_binomial_everywhere)
+negative_binomial = Family(_operator_of(compiled.negative_binomial), _negative_binomial_everywhere)
 """NB(x | mean, theta) in (log mean, log theta)."""
 
 
@@ -81,7 +119,7 @@ def _poisson_everywhere(counts: Tensor, parameters: Sequence[Tensor]) -> list[Te
     return [torch.where(x > 0, x * log_rate, 0.0) - rate - torch.lgamma(x + 1.0), x - rate]
 
 
-poisson = Family(compiled.poisson, _poisson_everywhere)
+poisson = Family(_operator_of(compiled.poisson), _poisson_everywhere)
 """Poisson(x | rate) in log rate."""
 
 
@@ -183,7 +221,8 @@ class _Score(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         learns = call.grad_mode and any(wanted)
         if isinstance(call.counts, NonZeros):
-            value, slopes = _score_nonzeros(call, call.counts, parameters, learns=learns)
+            index = call.counts.bounds, call.counts.cols, call.counts.values
+            value, *slopes = call.family.compiled(*index, parameters, sum_last=call.sum_last, learns=learns)
         else:
             found = call.family.everywhere(call.counts, parameters)
             value, *slopes = (values.to(parameters[0].dtype) for values in (found if learns else found[:1]))
@@ -200,25 +239,6 @@ class _Score(torch.autograd.Function):
             _chain(next(saved), grad, shape, sum_last=ctx.sum_last) if needed else None
             for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True)
         )
-
-
-def _score_nonzeros(
-    call: _Call, counts: NonZeros, parameters: Sequence[Tensor], *, learns: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Score counts on the CPU; what nobody asked for is written into one row, again and again."""
-    like = parameters[0]
-    row = (1, 1, like.shape[-1])
-    value = like.new_empty(row if call.sum_last else like.shape)
-    sums = like.new_empty(like.shape[:-1] if call.sum_last else (0, 0))
-    slopes = [like.new_empty(like.shape if learns else row) for _ in parameters]
-    call.family.compiled(
-        counts.as_arrays,
-        tuple(parameter.detach().numpy() for parameter in parameters),
-        value.numpy(),
-        sums.numpy(),
-        tuple(slope.numpy() for slope in slopes),
-    )
-    return sums if call.sum_last else value, slopes if learns else []
 
 
 def _chain(slope: Tensor, grad: Tensor, shape: torch.Size, *, sum_last: bool) -> Tensor:
