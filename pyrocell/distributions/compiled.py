@@ -1,66 +1,101 @@
 """Log-probabilities of counts as loops in machine code: every entry is read once, and nothing is stored in between.
 
-Zeros are scored by float32 loops that the compiler turns into vector instructions, non-zeros one by one in float64. The
-functions release Python's lock. They are compiled on first use and kept in the user's cache folder (`elementary.py`).
+Zeros are scored by float32 loops that the compiler turns into vector instructions, non-zeros one by one in float64
+(`positive_counts.py`). The functions release Python's lock. They are compiled on first use and kept in the user's cache
+folder (`elementary.py`).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from pyrocell.distributions.elementary import compiled, exp, log1p, minus_expm1
+from pyrocell.distributions.elementary import (
+    compiled,
+    ends_of,
+    exp,
+    exp_and_rest,
+    exp_of_negative,
+    log1p,
+    log_with,
+    minus_expm1,
+)
+from pyrocell.distributions.positive_counts import (
+    LOG_RATIO_LIMIT,
+    deflate,
+    nonzeros_of_nb,
+    nonzeros_of_poisson,
+    put,
+    take,
+)
 
 __all__ = [
+    "BLOCK",
+    "LANES",
     "LOG_RATIO_LIMIT",
     "LOG_THETA_RANGE",
+    "add_up",
+    "at",
+    "dispersions",
+    "end_of_block",
+    "inflate",
     "negative_binomial",
     "ordered_by_column",
     "poisson",
     "positions_of_rows",
     "row_by_row",
+    "total_of",
+    "zeros_of_nb",
+    "zeros_of_poisson",
 ]
 
 Array = np.ndarray
 Number = Any  # float32 or float64: the compiler tells them apart, and knows nothing of annotations
-Pair = tuple[np.ndarray, np.ndarray]
 Arrays = tuple[np.ndarray, ...]
 Index = tuple[np.ndarray, np.ndarray, np.ndarray]
+Block = tuple[np.ndarray, np.ndarray, int]
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 F, D = np.float32, np.float64
-
-LOG_RATIO_LIMIT = 40.0
-"""At non-zero counts log(mean / theta) is held within +-40 (gradients pass straight through)."""
 
 LOG_THETA_RANGE = (-16.0, 20.0)
 """log theta is held in this range (gradients pass straight through): theta in [1.1e-7, 4.8e8]."""
 
+BLOCK = 1024
+"""Columns that are scored at once: what is read and written for them lies in the processor's nearest cache."""
+
+LANES = BLOCK // 8
+"""Sums that are added to side by side."""
+
 _LOWEST_PHI, _HIGHEST_PHI = (F(end) for end in LOG_THETA_RANGE)
 _ZERO, _HALF, _ONE = F(0.0), F(0.5), F(1.0)
+_LOWEST_LOGIT = F(-70.0)
+_NOTHING = F(87.0)  # its negative has no exponential in float32
 
 
 # ------------------------------------------------------------------------------------------------ zeros of one cell
 
 
 @compiled
-def _dispersions(log_theta: Array, phi: Array, theta: Array) -> None:
+def dispersions(log_theta: Array, phi: Array, theta: Array, inverse: Array) -> None:
+    """Write log theta, held in its range, theta and 1 / theta."""
     for g in range(log_theta.shape[0]):
         value = log_theta[g]
         value = _LOWEST_PHI if value < _LOWEST_PHI else value
         phi[g] = _HIGHEST_PHI if value > _HIGHEST_PHI else value
         theta[g] = exp(phi[g])
+        inverse[g] = _ONE / theta[g]
 
 
 @compiled
-def _zeros_of_nb(
-    log_mean: Array, phi: Array, theta: Array, value: Array, mean_slope: Array, theta_slope: Array
-) -> None:
+def zeros_of_nb(log_mean: Array, phi: Array, theta: Array, rows: Rows) -> None:
     """Write log P(0) = -theta log(1 + mean / theta), which tends to minus the mean itself, down to mean 0."""
+    value, mean_slope, theta_slope = rows
     for g in range(log_mean.shape[0]):
         log_ratio = log_mean[g] - phi[g]
-        tail = exp(-abs(log_ratio))
+        distance = abs(log_ratio)
+        tail = _ZERO if distance > _NOTHING else exp_of_negative(-distance)
         inverse = _ONE / (_ONE + tail)
         up = (log_ratio if log_ratio > _ZERO else _ZERO) + log1p(tail, inverse)
         share = inverse if log_ratio > _ZERO else tail * inverse
@@ -70,7 +105,8 @@ def _zeros_of_nb(
 
 
 @compiled
-def _zeros_of_poisson(log_rate: Array, value: Array, slope: Array) -> None:
+def zeros_of_poisson(log_rate: Array, value: Array, slope: Array) -> None:
+    """Write log P(0), which is minus the rate, as its slope is."""
     for g in range(log_rate.shape[0]):
         rate = exp(log_rate[g])
         value[g] = -rate
@@ -78,7 +114,7 @@ def _zeros_of_poisson(log_rate: Array, value: Array, slope: Array) -> None:
 
 
 @compiled
-def _inflate(logits: Array, value: Array, owned: Array, logits_slope: Array) -> None:
+def _inflate_zeros(logits: Array, value: Array, owned: Array, logits_slope: Array) -> None:
     """Replace log P(0) of the base by log[zi + (1 - zi) P(0)], and say what share of such zeros is the base's own.
 
     While the result is above log(1/2), it is log1p(-(1 - zi)(1 - P(0))), whose digits stay as it tends to 0. Below,
@@ -86,10 +122,10 @@ def _inflate(logits: Array, value: Array, owned: Array, logits_slope: Array) -> 
     """
     for g in range(logits.shape[0]):
         base, logit = value[g], logits[g]
-        a = exp(-abs(logit))
+        a = exp_of_negative(-abs(logit))
         to_a = _ONE / (_ONE + a)
         not_zi = a * to_a if logit > _ZERO else to_a
-        b = exp(-abs(base - logit))
+        b = exp_of_negative(-abs(base - logit))
         to_b = _ONE / (_ONE + b)
         own = b * to_b if base < logit else to_b
         other = not_zi * minus_expm1(base)  # 1 - P(0)
@@ -103,158 +139,99 @@ def _inflate(logits: Array, value: Array, owned: Array, logits_slope: Array) -> 
 
 
 @compiled
+def _inflate_common_zeros(logits: Array, value: Array, owned: Array, logits_slope: Array) -> None:
+    """Do the same for logits of -70 and more, with fewer exponentials.
+
+    Nothing that matters is then below the range of float32 in the sum of zi / (1 - zi) and P(0), or of one and
+    P(0) (1 - zi) / zi where zi > 1/2.
+    """
+    for g in range(logits.shape[0]):
+        logit = logits[g]
+        base, other = exp_and_rest(value[g])
+        a = exp_of_negative(-abs(logit))
+        is_likely = logit > _ZERO
+        whole = _ONE + a
+        to_a, own = _ONE / whole, (a if is_likely else _ONE) * base
+        every = (_ONE if is_likely else a) + own
+        from_every = _ONE / every
+        not_zi = (a if is_likely else _ONE) * to_a
+        missing = not_zi * other  # 1 - P(0)
+        far = missing > _HALF
+        y = _ONE - missing
+        lost = ((_ONE - y) - missing) * whole * from_every
+        value[g] = log_with(every * to_a if far else y, _ZERO if far else lost)
+        owned[g] = own * from_every
+        logits_slope[g] = not_zi - own * from_every
+
+
+@compiled
 def _scale(slope: Array, owned: Array) -> None:
     for g in range(slope.shape[0]):
         slope[g] *= owned[g]
 
 
-# ------------------------------------------------------------------------------------------------ non-zeros of one cell
-
-
 @compiled
-def _rising(x: Number, theta: Number) -> tuple[Number, Number]:
-    """Compute log[theta (theta + 1) ... (theta + x - 1)] and its slope in theta, for any x > 0, in float64.
+def inflate(index: Block, logits: Array, in_logits: Array, rows: Arrays, seen: Array, owned: Array) -> None:
+    """Let what the base says of a block of columns be that of its inflated distribution.
 
-    The first eight factors are taken as they are; from z = theta + 8 on, Stirling's series is differenced by hand.
+    ``rows`` are the log-probability and its slopes in the parameters of the base; ``seen`` and ``owned`` are for use
+    here.
     """
-    slope, first, second = 0.0, 1.0, 1.0
-    for i in range(4):
-        low, next_low = theta + i, theta + i + 4
-        first *= low / (low + x)
-        second *= next_low / (next_low + x)
-        slope += x / (low * (low + x)) + x / (next_low * (next_low + x))
-    low, high = theta + 8.0, theta + 8.0 + x
-    growth = math.log1p(x / low)
-    a, b = 1.0 / high, 1.0 / low
-    a2, b2 = a * a, b * b
-    lgamma_tail = a * (1 / 12 + a2 * (-1 / 360 + a2 * (1 / 1260 - a2 / 1680)))
-    lgamma_tail -= b * (1 / 12 + b2 * (-1 / 360 + b2 * (1 / 1260 - b2 / 1680)))
-    digamma_tail = a2 * (1 / 12 + a2 * (-1 / 120 + a2 * (1 / 252 - a2 / 240)))
-    digamma_tail -= b2 * (1 / 12 + b2 * (-1 / 120 + b2 * (1 / 252 - b2 / 240)))
-    value = (
-        math.log(first) + math.log(second) + (low - 0.5) * growth + x * (math.log(high) - 1.0) + lgamma_tail
-    )
-    return value, slope + growth + 0.5 * x / (low * high) - digamma_tail
-
-
-@compiled
-def _few(x: Number, theta: Number) -> tuple[Number, Number]:
-    """Compute log[(1 + 1/theta) ... (1 + (x - 1)/theta) / x!] and theta [psi(x + theta) - psi(theta)], x = 2, 3, 4."""
-    product, slope, i = 1.0, 1.0, 1.0
-    while i < x:
-        product *= (1.0 + i / theta) / (i + 1.0)
-        slope += 1.0 / (1.0 + i / theta)
-        i += 1.0
-    return math.log(product), slope
-
-
-@compiled
-def _ratio(log_ratio: Number) -> tuple[Number, Number, Number]:
-    """Return the log ratio in its bounds, log(1 + exp(-|.|)) of it, and its sigmoid."""
-    bound = min(max(log_ratio, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)
-    bound = bound if log_ratio == log_ratio else log_ratio
-    tail = math.log1p(math.exp(-abs(bound)))
-    return bound, tail, 1.0 / (1.0 + math.exp(-bound))
-
-
-@compiled
-def _one_of_nb(
-    x: Number, log_mean: Number, phi: Number, theta: Number, up: Number, share: Number
-) -> tuple[Number, Number, Number]:
-    """Score one count above zero; ``up`` is log(1 + mean / theta) and ``share`` is mean / (mean + theta)."""
-    if x == 1.0 or x == 2.0 or x == 3.0 or x == 4.0:  # 97 % of the non-zeros of UMI data
-        if abs(log_mean - phi) > LOG_RATIO_LIMIT:
-            bound, tail, share = _ratio(log_mean - phi)
-            log_mean, up = phi + bound, max(bound, 0.0) + tail
-        # log P(x) = x log(mean) - (x + theta) up + finite sum: nothing cancels while x is small
-        value, slope = _few(x, theta) if x > 1.0 else (0.0, 1.0)
-        mean_slope = x - share * (x + theta)
-        return value + x * log_mean - (x + theta) * up, mean_slope, slope - theta * up - mean_slope
-    exact_theta = math.exp(phi)  # large summands cancel
-    bound, tail, share = _ratio(log_mean - phi)
-    up = max(bound, 0.0) + tail
-    rising, slope = _rising(x, exact_theta)
-    value = rising - math.lgamma(x + 1.0) - exact_theta * up - x * (tail - min(bound, 0.0))
-    mean_slope = x - share * (x + exact_theta)
-    return value, mean_slope, exact_theta * (slope - up) - mean_slope
-
-
-@compiled
-def _nonzeros_of_nb(
-    cols: Array,
-    counts: Array,
-    log_mean: Array,
-    dispersions: Pair,
-    zeros: Pair,
-    seen: Array,
-) -> None:
-    """Score the non-zeros of a cell from log P(0) and its slope in the log mean, as found at their places."""
-    phi, theta = dispersions
-    value, mean_slope = zeros
-    for i in range(cols.shape[0]):
-        g = cols[i]
-        size = D(theta[g])
-        up, share = -D(value[g]) / size, -D(mean_slope[g]) / size
-        found = _one_of_nb(counts[i], D(log_mean[g]), D(phi[g]), size, up, share)
-        seen[0, i], seen[1, i], seen[2, i] = found
-
-
-@compiled
-def _nonzeros_of_poisson(cols: Array, counts: Array, log_rate: Array, seen: Array) -> None:
-    for i in range(cols.shape[0]):
-        x, eta = counts[i], D(log_rate[cols[i]])
-        rate = math.exp(eta)
-        seen[0, i] = x * eta - rate - math.lgamma(x + 1.0)
-        seen[1, i] = x - rate
-
-
-@compiled
-def _deflate(cols: Array, logits: Array, logits_slope: Array, seen: Array) -> None:
-    """Take log(1 - zi) into the score of non-zeros, and write its slope in the logits."""
-    for i in range(cols.shape[0]):
-        logit = D(logits[cols[i]])
-        tail = math.exp(-abs(logit))
-        seen[0, i] -= max(logit, 0.0) + math.log1p(tail)
-        logits_slope[cols[i]] = -(1.0 if logit > 0.0 else tail) / (1.0 + tail)
-
-
-@compiled
-def _put(cols: Array, seen: Array, row: Array) -> None:
-    for i in range(cols.shape[0]):
-        row[cols[i]] = seen[i]
-
-
-@compiled
-def _sum(row: Array) -> Number:
-    """Sum in float64, in eight streams that the processor adds at once."""
-    streams = np.zeros(8)
-    n = row.shape[0] // 8 * 8
-    for g in range(0, n, 8):
-        for j in range(8):
-            streams[j] += row[g + j]
-    total = 0.0
-    for j in range(8):
-        total += streams[j]
-    for g in range(n, row.shape[0]):
-        total += row[g]
-    return total
+    for k in range(len(rows)):
+        take(index, rows[k], seen[k])
+    if ends_of(logits)[0] >= _LOWEST_LOGIT:
+        _inflate_common_zeros(logits, rows[0], owned, in_logits)
+    else:
+        _inflate_zeros(logits, rows[0], owned, in_logits)
+    deflate(index, seen[0], logits, rows[0], in_logits)
+    for k in range(1, len(rows)):
+        _scale(rows[k], owned)
+        put(index, seen[k], rows[k])
 
 
 # ------------------------------------------------------------------------------------------------ all cells
 
 
 @compiled
-def _at(array: Array, sample: int, row: int) -> Array:
+def add_up(row: Array, lanes: Array) -> None:
+    """Add the numbers of a block of columns to sums side by side, in float64.
+
+    The compiler keeps the order of additions, so that one sum alone would be slow. Eight numbers at a time are added in
+    float32, in pairs.
+    """
+    n = row.shape[0] // 8
+    r0, r1, r2, r3 = row[:n], row[n : 2 * n], row[2 * n : 3 * n], row[3 * n : 4 * n]
+    r4, r5, r6, r7 = row[4 * n : 5 * n], row[5 * n : 6 * n], row[6 * n : 7 * n], row[7 * n : 8 * n]
+    for g in range(n):
+        half = (r0[g] + r1[g]) + (r2[g] + r3[g])
+        lanes[g] += half + ((r4[g] + r5[g]) + (r6[g] + r7[g]))
+    for g in range(8 * n, row.shape[0]):
+        lanes[g - 8 * n] += row[g]
+
+
+@compiled
+def total_of(lanes: Array) -> Number:
+    """Add up sums that lie side by side, and set them to zero."""
+    total = 0.0
+    for start in range(0, LANES, 8):
+        a = (lanes[start] + lanes[start + 1]) + (lanes[start + 2] + lanes[start + 3])
+        total += a + ((lanes[start + 4] + lanes[start + 5]) + (lanes[start + 6] + lanes[start + 7]))
+    lanes[:] = 0.0
+    return total
+
+
+@compiled
+def at(array: Array, sample: int, row: int) -> Array:
     """Read a row of an array (n_samples or 1, n_rows or 1, n_columns)."""
     return array[sample if array.shape[0] > 1 else 0, row if array.shape[1] > 1 else 0]
 
 
 @compiled
-def _longest(starts: Array) -> int:
-    longest = 0
-    for row in range(starts.shape[0] - 1):
-        longest = max(longest, starts[row + 1] - starts[row])
-    return longest
+def end_of_block(cols: Array, start: int, stop: int, column: int) -> int:
+    """Say where among the entries ``start`` to ``stop`` of a row those from a column on begin."""
+    while start < stop and cols[start] < column:
+        start += 1
+    return start
 
 
 @compiled
@@ -264,7 +241,8 @@ def negative_binomial(index: Index, parameters: Arrays, value: Array, sums: Arra
     Parameters
     ----------
     index
-        Where each row begins among the non-zeros (one more than rows), their columns, and the counts there in float64.
+        Where each row begins among the non-zeros (one more than rows), their columns, in order within a row, and the
+        counts there in float64.
     parameters
         Log mean, log theta and, for zero inflation, its logits: float32, (n_samples or 1, n_rows or 1, n_columns).
     value
@@ -276,29 +254,32 @@ def negative_binomial(index: Index, parameters: Arrays, value: Array, sums: Arra
     """
     starts, cols, counts = index
     n_samples, n_rows, n_columns = parameters[0].shape
-    phi, theta = np.empty(n_columns, dtype=F), np.empty(n_columns, dtype=F)
-    seen, owned = np.empty((3, _longest(starts))), np.empty(n_columns, dtype=F)
-    shared, inflated = parameters[1].shape[1] == 1, len(parameters) == 3
+    phi, theta, inverse = np.empty(n_columns, F), np.empty(n_columns, F), np.empty(n_columns, F)
+    seen, others, owned = np.empty((3, BLOCK), F), np.empty(BLOCK + 1, np.int64), np.empty(BLOCK, F)
+    shared, lanes = parameters[1].shape[1] == 1, np.zeros(LANES)
     for sample in range(n_samples):
         for row in range(n_rows):
             if row == 0 or not shared:
-                _dispersions(_at(parameters[1], sample, row), phi, theta)
-            log_mean, out = _at(parameters[0], sample, row), _at(value, sample, row)
-            in_mean, in_theta = _at(slopes[0], sample, row), _at(slopes[1], sample, row)
-            at, there = cols[starts[row] : starts[row + 1]], counts[starts[row] : starts[row + 1]]
-            _zeros_of_nb(log_mean, phi, theta, out, in_mean, in_theta)
-            _nonzeros_of_nb(at, there, log_mean, (phi, theta), (out, in_mean), seen)
-            if inflated:
-                logits, in_logits = _at(parameters[-1], sample, row), _at(slopes[-1], sample, row)
-                _inflate(logits, out, owned, in_logits)
-                _scale(in_mean, owned)
-                _scale(in_theta, owned)
-                _deflate(at, logits, in_logits, seen)
-            _put(at, seen[0], out)
-            _put(at, seen[1], in_mean)
-            _put(at, seen[2], in_theta)
+                dispersions(at(parameters[1], sample, row), phi, theta, inverse)
+            log_mean, out = at(parameters[0], sample, row), at(value, sample, row)
+            in_mean, in_theta = at(slopes[0], sample, row), at(slopes[1], sample, row)
+            logits, in_logits = at(parameters[-1], sample, row), at(slopes[-1], sample, row)
+            begin = starts[row]
+            for a in range(0, n_columns, BLOCK):
+                b = min(a + BLOCK, n_columns)
+                end = end_of_block(cols, begin, starts[row + 1], b)
+                there = cols[begin:end], counts[begin:end], a
+                rows = out[a:b], in_mean[a:b], in_theta[a:b]
+                logs = log_mean[a:b], phi[a:b]
+                zeros_of_nb(logs[0], logs[1], theta[a:b], rows)
+                nonzeros_of_nb(there, logs, 0.0, inverse[a:b], rows, others)
+                if len(parameters) == 3:
+                    inflate(there, logits[a:b], in_logits[a:b], rows, seen, owned[: b - a])
+                if sums.size:
+                    add_up(rows[0], lanes)
+                begin = end
             if sums.size:
-                sums[sample, row] = _sum(out)
+                sums[sample, row] = total_of(lanes)
 
 
 @compiled
@@ -309,22 +290,26 @@ def poisson(index: Index, parameters: Arrays, value: Array, sums: Array, slopes:
     """
     starts, cols, counts = index
     n_samples, n_rows, n_columns = parameters[0].shape
-    seen, owned = np.empty((2, _longest(starts))), np.empty(n_columns, dtype=F)
+    seen, owned, lanes = np.empty((2, BLOCK), F), np.empty(BLOCK, F), np.zeros(LANES)
     for sample in range(n_samples):
         for row in range(n_rows):
-            log_rate, out = _at(parameters[0], sample, row), _at(value, sample, row)
-            in_rate, at = _at(slopes[0], sample, row), cols[starts[row] : starts[row + 1]]
-            _zeros_of_poisson(log_rate, out, in_rate)
-            _nonzeros_of_poisson(at, counts[starts[row] : starts[row + 1]], log_rate, seen)
-            if len(parameters) == 2:
-                logits, in_logits = _at(parameters[-1], sample, row), _at(slopes[-1], sample, row)
-                _inflate(logits, out, owned, in_logits)
-                _scale(in_rate, owned)
-                _deflate(at, logits, in_logits, seen)
-            _put(at, seen[0], out)
-            _put(at, seen[1], in_rate)
+            log_rate, out = at(parameters[0], sample, row), at(value, sample, row)
+            in_rate = at(slopes[0], sample, row)
+            logits, in_logits = at(parameters[-1], sample, row), at(slopes[-1], sample, row)
+            begin = starts[row]
+            for a in range(0, n_columns, BLOCK):
+                b = min(a + BLOCK, n_columns)
+                end = end_of_block(cols, begin, starts[row + 1], b)
+                there, rows = (cols[begin:end], counts[begin:end], a), (out[a:b], in_rate[a:b])
+                zeros_of_poisson(log_rate[a:b], rows[0], rows[1])
+                nonzeros_of_poisson(there, log_rate[a:b], 0.0, rows[0], rows[1])
+                if len(parameters) == 2:
+                    inflate(there, logits[a:b], in_logits[a:b], rows, seen, owned[: b - a])
+                if sums.size:
+                    add_up(rows[0], lanes)
+                begin = end
             if sums.size:
-                sums[sample, row] = _sum(out)
+                sums[sample, row] = total_of(lanes)
 
 
 # ------------------------------------------------------------------------------------------------ order

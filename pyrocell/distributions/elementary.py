@@ -15,10 +15,24 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["compiled", "exp", "exp_of_negative", "log1p", "minus_expm1"]
+__all__ = [
+    "compiled",
+    "ends_of",
+    "exp",
+    "exp_and_rest",
+    "exp_of_negative",
+    "log",
+    "log1p",
+    "log_with",
+    "minus_expm1",
+]
 
 Number = Any  # float32 or float64: the compiler tells them apart, and knows nothing of annotations
 F, I = np.float32, np.int32  # noqa: E741
+
+
+_SOURCES = ("elementary", "positive_counts", "compiled", "profiles")
+"""The files with compiled functions that others call."""
 
 
 @cache
@@ -32,7 +46,7 @@ def _cache_folder() -> Path | None:
     config: Any = numba.config  # its entries are made when it is imported
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyrocell"
     try:
-        sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("elementary", "compiled"))
+        sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in _SOURCES)
         digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
         folder = Path(config.CACHE_DIR or user) / f"compiled-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +109,7 @@ _ROUNDING, _ONE_BITS = (
 )  # added, the first leaves the nearest whole number in the last bits
 # Taylor's coefficients of (exp(r) - 1 - r) / r^2: 1.2e-7 where |r| is at most log(2) / 2.
 _6, _5, _4, _3, _2 = (F(1 / factorial) for factorial in (720, 120, 24, 6, 2))
+_ALL_BUT_SIGN = I(0x7FFFFFFF)
 _SQRT_HALF_BITS = I(0x3F3504F3)
 _EXP = tuple(F(1.0 / math.factorial(n)) for n in (6, 5, 4, 3))
 _EXP_FIRST = F(1.0 / math.factorial(7))
@@ -164,21 +179,53 @@ def exp_of_negative(x: Number) -> Number:
 
 
 @compiled
-def minus_expm1(x: Number) -> Number:
-    """Compute 1 - exp(x) in float32 for x <= 0, with all digits where x tends to 0."""
-    x = _UNDERFLOW if x < _UNDERFLOW else x
+def exp_and_rest(x: Number) -> tuple[Number, Number]:
+    """Compute exp(x) and 1 - exp(x) in float32 for x <= 0, the latter with all digits where x tends to 0."""
+    low = x < _UNDERFLOW
+    x = _UNDERFLOW if low else x
     n = I(_whole(x * _LOG2_E))
     r = (x - F(n) * _LN2_HIGH) - F(n) * _LN2_LOW
     scale = _power_of_two(n)
-    return (_ONE - scale) - _exp_minus_one_of_rest(r) * scale
+    part = _exp_minus_one_of_rest(r) * scale
+    return _ZERO if low else scale + part, (_ONE - scale) - part
 
 
 @compiled
-def log1p(t: Number, inverse: Number) -> Number:
-    """Compute log(1 + t) in float32 for t >= -1/2, with all digits where t tends to 0; ``inverse`` is 1 / (1 + t)."""
-    y = F(_ONE + t)
-    lost = (t - (y - _ONE)) * inverse  # what the sum rounded away
-    bits = y.view(I)
+def minus_expm1(x: Number) -> Number:
+    """Compute 1 - exp(x) in float32 for x <= 0, with all digits where x tends to 0."""
+    return exp_and_rest(x)[1]
+
+
+@compiled
+def _in_order(x: Number) -> Number:
+    """Make a whole number of x, such that they are in the order of the numbers; NaN comes first or last."""
+    bits = F(x).view(I)
+    return I(bits ^ I(I(bits >> I(31)) & _ALL_BUT_SIGN))
+
+
+@compiled
+def ends_of(row: Any) -> tuple[Number, Number]:
+    """Return the smallest and the largest of some float32 numbers, at least one; NaN counts as such.
+
+    In whole numbers: of others, the compiler keeps the order of comparisons, which is slow.
+    """
+    smallest = largest = _in_order(row[0])
+    for g in range(row.shape[0]):
+        value = _in_order(row[g])
+        smallest = value if value < smallest else smallest
+        largest = value if value > largest else largest
+    return _number(smallest), _number(largest)
+
+
+@compiled
+def _number(in_order: Number) -> Number:
+    return I(in_order ^ I(I(in_order >> I(31)) & _ALL_BUT_SIGN)).view(F)
+
+
+@compiled
+def log_with(y: Number, lost: Number) -> Number:
+    """Compute log(y) + lost in float32 for a normal number y > 0, where ``lost`` is next to nothing."""
+    bits = F(y).view(I)
     k = I(I(bits - _SQRT_HALF_BITS) >> I(23))
     f = I(bits - I(k << I(23))).view(F) - _ONE
     p = _LOG_FIRST
@@ -187,3 +234,16 @@ def log1p(t: Number, inverse: Number) -> Number:
     square = f * f
     p = f * square * p + F(k) * _LN2_LOW + lost
     return f + (p - _HALF * square) + F(k) * _LN2_HIGH
+
+
+@compiled
+def log(y: Number) -> Number:
+    """Compute log(y) in float32 for a normal number y > 0."""
+    return log_with(y, _ZERO)
+
+
+@compiled
+def log1p(t: Number, inverse: Number) -> Number:
+    """Compute log(1 + t) in float32 for t >= -1/2, with all digits where t tends to 0; ``inverse`` is 1 / (1 + t)."""
+    y = F(_ONE + t)
+    return log_with(y, (t - (y - _ONE)) * inverse)  # with what the sum rounded away
