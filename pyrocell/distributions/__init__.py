@@ -12,6 +12,7 @@ from pyrocell.distributions.nb_mixture import NegativeBinomialMixture
 from pyrocell.distributions.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
 from pyrocell.distributions.normal_mixture import NormalMixture
 from pyrocell.distributions.poisson import Poisson, ZeroInflatedPoisson
+from pyrocell.distributions.softmax_mean import SoftmaxMean
 from pyrocell.distributions.standard_normal import StandardNormal
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "NormalMixture",
     "Poisson",
     "ScaledBernoulli",
+    "SoftmaxMean",
     "StandardNormal",
     "ZeroInflatedNegativeBinomial",
     "ZeroInflatedPoisson",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import pyro.distributions as dist
 import torch
@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyrocell.distributions.kernels import Family, score_counts
 from pyrocell.distributions.shapes import broadcast
+from pyrocell.distributions.softmax_mean import SoftmaxMean
 
 __all__ = [
     "MEAN_FLOOR",
@@ -50,10 +51,18 @@ class CountDistribution(TorchDistribution):
     family: ClassVar[Family]
     has_rsample = False
     _validate_args = False
+    _softmax_mean: SoftmaxMean | None = None
 
-    def _set_parameters(self, parameters: Sequence[Tensor], *, validate_args: bool | None) -> None:
+    def _set_parameters(
+        self, parameters: Sequence[Tensor | SoftmaxMean], *, validate_args: bool | None
+    ) -> None:
         for name, parameter in zip(self.parameter_names, parameters, strict=True):
-            setattr(self, name, parameter)
+            if isinstance(
+                parameter, SoftmaxMean
+            ):  # the property of this name computes it when it is asked for
+                self._softmax_mean = parameter
+            else:
+                setattr(self, name, parameter)
         shape = broadcast(*(parameter.shape for parameter in parameters))
         super().__init__(shape, validate_args=validate_args)
 
@@ -86,8 +95,14 @@ class CountDistribution(TorchDistribution):
     def _score(self, value: Tensor, *, sum_last: bool) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        parameters = [getattr(self, name) for name in self.parameter_names]
+        mean, *others = self.parameter_names
+        first = getattr(self, mean) if self._softmax_mean is None else self._softmax_mean
+        parameters = [first, *(getattr(self, name) for name in others)]
         return score_counts(self.family, parameters, value, batch_shape=self.batch_shape, sum_last=sum_last)
+
+    def _log_mean_of_softmax(self) -> Tensor:
+        assert self._softmax_mean is not None
+        return self._softmax_mean.log_mean
 
     @property
     def parameters_table(self) -> dict[str, Tensor]:
@@ -118,18 +133,38 @@ class RowSum(dist.Independent):
         return self.base_dist.parameters_table
 
 
-def as_reals(*values: Tensor | float | None) -> list[Tensor | None]:
+@overload
+def as_reals(*values: Tensor | float | None) -> list[Tensor | None]: ...
+
+
+@overload
+def as_reals(*values: Tensor | float | SoftmaxMean | None) -> list[Any]: ...
+
+
+def as_reals(*values: Tensor | float | SoftmaxMean | None) -> list[Any]:
     """Bring parameters to one floating dtype, float32 at least, and one device; None stays None.
 
     Half precision is raised because log-probabilities of counts do not fit in it.
     """
-    tensors = [value for value in values if isinstance(value, Tensor)]
+    tensors = [tensor for value in values for tensor in _tensors_of(value)]
     dtype = torch.float32 if tensors else torch.get_default_dtype()
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     spread = [tensor for tensor in tensors if tensor.ndim] or tensors
     device = spread[0].device if spread else None
-    return [None if value is None else torch.as_tensor(value, dtype=dtype, device=device) for value in values]
+
+    def as_real(value: Tensor | float | SoftmaxMean) -> Tensor | SoftmaxMean:
+        if isinstance(value, SoftmaxMean):
+            return value.to(dtype, device)
+        return torch.as_tensor(value, dtype=dtype, device=device)
+
+    return [None if value is None else as_real(value) for value in values]
+
+
+def _tensors_of(value: Tensor | float | SoftmaxMean | None) -> list[Tensor]:
+    if isinstance(value, SoftmaxMean):
+        return [value.logits, value.log_size]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def as_log(natural: Tensor) -> Tensor:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from pyrocell.distributions import compiled
+from pyrocell.distributions import compiled, profiles
 from pyrocell.distributions.compiled import LOG_RATIO_LIMIT, LOG_THETA_RANGE
 from pyrocell.distributions.counts import NonZeros, working_dtype
 from pyrocell.distributions.gamma import large_log_rising
 from pyrocell.distributions.operators import as_operator
 from pyrocell.distributions.shapes import aligned
+from pyrocell.distributions.softmax_mean import SoftmaxMean
 
 __all__ = [
     "LOG_RATIO_LIMIT",
@@ -46,12 +48,15 @@ class Family:
     compiled : callable
         Operator that scores float32 counts on the CPU, with zero inflation where there is one parameter more; see
         `_operator_of`.
+    of_softmax : callable
+        The same for rows of counts whose mean is a share of a size; see `_operator_of_softmax`.
     everywhere : callable
         (counts, parameters) -> log P(x) of every count and its derivative in each parameter, in the working
         precision, each (n_samples, n_rows, n_columns). The counts are (1, n_rows, n_columns).
     """
 
     compiled: Callable[..., list[Tensor]]
+    of_softmax: Callable[..., list[Tensor]]
     everywhere: Callable[[Tensor, Sequence[Tensor]], list[Tensor]]
 
 
@@ -92,6 +97,32 @@ def _operator_of(loop: Callable[..., None]) -> Callable[..., list[Tensor]]:
     return as_operator(f"{loop.__name__}({arguments}) -> Tensor[]", score)
 
 
+def _operator_of_softmax(loop: Callable[..., None]) -> Callable[..., list[Tensor]]:
+    """Make an operator of a loop that takes the softmax along, see `profiles.negative_binomial_of_profile`.
+
+    Arguments and results are those of `_operator_of`, with logits and log size in place of the log mean; the last
+    dimension is always summed.
+    """
+
+    def score(
+        bounds: Tensor, cols: Tensor, values: Tensor, parameters: list[Tensor], *, learns: bool
+    ) -> list[Tensor]:
+        like = parameters[0]
+        sums, in_size = like.new_empty(like.shape[:-1]), like.new_empty((*like.shape[:-1], 1))
+        slopes = [like.new_empty(like.shape if learns else (1, 1, like.shape[-1])) for _ in parameters]
+        slopes[1] = in_size
+        loop(
+            (bounds.numpy(), cols.numpy(), values.to(torch.float64).numpy()),
+            tuple(parameter.detach().numpy() for parameter in parameters),
+            sums.numpy(),
+            tuple(slope.numpy() for slope in slopes),
+        )
+        return [sums, *(slopes if learns else [])]
+
+    arguments = "Tensor bounds, Tensor cols, Tensor values, Tensor[] parameters, *, bool learns"
+    return as_operator(f"{loop.__name__}({arguments}) -> Tensor[]", score)
+
+
 def _negative_binomial_everywhere(counts: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Score by spec form (1.2), whose summands cancel: hence the working precision."""
     x = counts.to(working_dtype(counts.device))
@@ -108,7 +139,11 @@ def _negative_binomial_everywhere(counts: Tensor, parameters: Sequence[Tensor]) 
     return [value, mean_slope, (slope + log_rest).mul_(theta).sub_(mean_slope)]
 
 
-negative_binomial = Family(_operator_of(compiled.negative_binomial), _negative_binomial_everywhere)
+negative_binomial = Family(
+    _operator_of(compiled.negative_binomial),
+    _operator_of_softmax(profiles.negative_binomial_of_profile),
+    _negative_binomial_everywhere,
+)
 """NB(x | mean, theta) in (log mean, log theta)."""
 
 
@@ -119,7 +154,9 @@ def _poisson_everywhere(counts: Tensor, parameters: Sequence[Tensor]) -> list[Te
     return [torch.where(x > 0, x * log_rate, 0.0) - rate - torch.lgamma(x + 1.0), x - rate]
 
 
-poisson = Family(_operator_of(compiled.poisson), _poisson_everywhere)
+poisson = Family(
+    _operator_of(compiled.poisson), _operator_of_softmax(profiles.poisson_of_profile), _poisson_everywhere
+)
 """Poisson(x | rate) in log rate."""
 
 
@@ -137,7 +174,7 @@ def zero_inflated(base: Family) -> Family:
         slopes = [torch.where(is_zero, slope * owned, slope) for slope in slopes]
         return [value, *slopes, torch.where(is_zero, not_zi - owned, not_zi - 1.0)]
 
-    return Family(base.compiled, everywhere)
+    return Family(base.compiled, base.of_softmax, everywhere)
 
 
 def _inflate_zero_(zero: Tensor, zi_logits: Tensor, not_zi: Tensor, owned: Tensor) -> None:
@@ -158,7 +195,12 @@ def _inflate_zero_(zero: Tensor, zi_logits: Tensor, not_zi: Tensor, owned: Tenso
 
 
 def score_counts(
-    family: Family, parameters: Sequence[Tensor], value: Tensor, *, batch_shape: torch.Size, sum_last: bool
+    family: Family,
+    parameters: Sequence[Tensor | SoftmaxMean],
+    value: Tensor,
+    *,
+    batch_shape: torch.Size,
+    sum_last: bool,
 ) -> Tensor:
     """Compute log-probabilities of counts in one differentiable step.
 
@@ -166,7 +208,7 @@ def score_counts(
     ----------
     family : Family
         The likelihood.
-    parameters : sequence of Tensor
+    parameters : sequence of Tensor or SoftmaxMean
         Its parameters; each broadcasts to ``batch_shape``. The first one is the log mean.
     value : Tensor
         Counts; broadcasts with ``batch_shape``.
@@ -181,12 +223,27 @@ def score_counts(
         Broadcast shape of ``value`` and ``batch_shape``, without its last dimension if that was summed.
     """
     value, shape, full, n_outer = aligned(value, batch_shape)
-    mean, *others = parameters
-    blocks = [_blocks(mean.expand(full), full, n_outer), *(_blocks(other, full, n_outer) for other in others)]
-    sparse = value.device.type == "cpu" and mean.dtype == torch.float32
-    counts = NonZeros.of(value) if sparse else value.reshape(1, -1, full[-1])
-    result: Tensor = _Score.apply(_Call(family, counts, sum_last, torch.is_grad_enabled()), *blocks)
+    mean, others = parameters[0], cast("Sequence[Tensor]", parameters[1:])
+    score: Callable[..., list[Tensor]] = partial(family.compiled, sum_last=sum_last)
+    blocks = []
+    if isinstance(mean, SoftmaxMean):
+        if sum_last and _is_looped(mean.logits, value) and mean.logits.shape[-1] == full[-1] > 0:
+            score = family.of_softmax
+            blocks.append(_blocks(mean.log_size, torch.Size((*full[:-1], 1)), n_outer))
+            mean = mean.logits
+        else:
+            mean = mean.log_mean
+    blocks.insert(0, _blocks(mean.expand(full), full, n_outer))
+    blocks.extend(_blocks(other, full, n_outer) for other in others)
+    looped = _is_looped(mean, value)
+    counts = NonZeros.of(value) if looped else value.reshape(1, -1, full[-1])
+    call = _Call(score if looped else family.everywhere, counts, sum_last, torch.is_grad_enabled())
+    result: Tensor = _Score.apply(call, *blocks)
     return result.reshape(shape[:-1] if sum_last else shape)
+
+
+def _is_looped(mean: Tensor, value: Tensor) -> bool:
+    return value.device.type == "cpu" and mean.dtype == torch.float32
 
 
 def _blocks(parameter: Tensor, full: torch.Size, n_outer: int) -> Tensor:
@@ -207,7 +264,7 @@ def _blocks(parameter: Tensor, full: torch.Size, n_outer: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    family: Family
+    score: Callable[..., list[Tensor]]
     counts: NonZeros | Tensor
     sum_last: bool
     grad_mode: bool
@@ -222,9 +279,9 @@ class _Score(torch.autograd.Function):
         learns = call.grad_mode and any(wanted)
         if isinstance(call.counts, NonZeros):
             index = call.counts.bounds, call.counts.cols, call.counts.values
-            value, *slopes = call.family.compiled(*index, parameters, sum_last=call.sum_last, learns=learns)
+            value, *slopes = call.score(*index, parameters, learns=learns)
         else:
-            found = call.family.everywhere(call.counts, parameters)
+            found = call.score(call.counts, parameters)
             value, *slopes = (values.to(parameters[0].dtype) for values in (found if learns else found[:1]))
             value = value.sum(-1) if call.sum_last else value
         ctx.sum_last, ctx.shapes = call.sum_last, [parameter.shape for parameter in parameters]
@@ -244,5 +301,5 @@ class _Score(torch.autograd.Function):
 def _chain(slope: Tensor, grad: Tensor, shape: torch.Size, *, sum_last: bool) -> Tensor:
     """Multiply slopes (outer, rows, columns) by the incoming gradient and reduce to the parameter's shape."""
     if sum_last and shape[0] == shape[1] == 1:
-        return torch.mv(slope.view(-1, shape[2]).T, grad.reshape(-1)).view(shape)
+        return torch.mv(slope.flatten(0, 1).T, grad.reshape(-1)).view(shape)
     return (slope * (grad.unsqueeze(-1) if sum_last else grad)).sum_to_size(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from pyrocell.distributions.base import (
     standard_gamma,
 )
 from pyrocell.distributions.kernels import Family
+from pyrocell.distributions.softmax_mean import SoftmaxMean
 
 __all__ = ["NegativeBinomial", "ZeroInflatedNegativeBinomial"]
 
@@ -44,7 +46,7 @@ class NegativeBinomial(CountDistribution):
         Mean in counts (0 allowed) and inverse dispersion, positive. Shapes broadcast; a theta of shape
         (n_genes,) stays so.
     log_mean, log_theta : Tensor or float, optional
-        Their natural logarithms.
+        Their natural logarithms; that of the mean may be a :class:`SoftmaxMean`.
     total_count, logits : Tensor or float, optional
         The other parameterisation, as in torch.
     validate_args : bool, optional
@@ -63,7 +65,6 @@ class NegativeBinomial(CountDistribution):
     }
     parameter_names: ClassVar[tuple[str, ...]] = ("log_mean", "log_theta")
     family: ClassVar[Family] = kernels.negative_binomial
-    log_mean: Tensor
     log_theta: Tensor
     _mean: Tensor | None
 
@@ -72,7 +73,7 @@ class NegativeBinomial(CountDistribution):
         mean: Tensor | float | None = None,
         theta: Tensor | float | None = None,
         *,
-        log_mean: Tensor | float | None = None,
+        log_mean: Tensor | float | SoftmaxMean | None = None,
         log_theta: Tensor | float | None = None,
         total_count: Tensor | float | None = None,
         logits: Tensor | float | None = None,
@@ -88,10 +89,10 @@ class NegativeBinomial(CountDistribution):
         self,
         mean: Tensor | None,
         theta: Tensor | None,
-        log_mean: Tensor | None,
+        log_mean: Tensor | SoftmaxMean | None,
         log_theta: Tensor | None,
         logits: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | SoftmaxMean, Tensor]:
         self._mean = mean  # kept: a mean of exactly 0 has no logarithm
         if log_theta is None:
             assert theta is not None
@@ -102,6 +103,11 @@ class NegativeBinomial(CountDistribution):
             assert logits is not None
             log_mean = logits + log_theta
         return log_mean, log_theta
+
+    @cached_property
+    def log_mean(self) -> Tensor:
+        """Natural logarithm of the mean, before any zero inflation."""
+        return self._log_mean_of_softmax()
 
     @property
     def theta(self) -> Tensor:
@@ -172,7 +178,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
         theta: Tensor | float | None = None,
         *,
         zi_logits: Tensor | float,
-        log_mean: Tensor | float | None = None,
+        log_mean: Tensor | float | SoftmaxMean | None = None,
         log_theta: Tensor | float | None = None,
         total_count: Tensor | float | None = None,
         logits: Tensor | float | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.types import _size
 from pyrocell.distributions import kernels
 from pyrocell.distributions.base import CountDistribution, as_log, as_reals, exactly_one, poisson_draw
 from pyrocell.distributions.kernels import Family
+from pyrocell.distributions.softmax_mean import SoftmaxMean
 
 __all__ = ["Poisson", "ZeroInflatedPoisson"]
 
@@ -23,7 +25,7 @@ class Poisson(CountDistribution):
     ----------
     rate : Tensor or float, optional
         Expected counts (0 allowed).
-    log_rate : Tensor or float, optional
+    log_rate : Tensor, float or SoftmaxMean, optional
         Its natural logarithm, instead: saves a pass over the minibatch.
     validate_args : bool, optional
         Check parameters and counts (off unless True).
@@ -37,25 +39,29 @@ class Poisson(CountDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"log_rate": constraints.real}
     parameter_names: ClassVar[tuple[str, ...]] = ("log_rate",)
     family: ClassVar[Family] = kernels.poisson
-    log_rate: Tensor
     _rate: Tensor | None
 
     def __init__(
         self,
         rate: Tensor | float | None = None,
         *,
-        log_rate: Tensor | float | None = None,
+        log_rate: Tensor | float | SoftmaxMean | None = None,
         validate_args: bool | None = None,
     ) -> None:
         exactly_one(self, {"rate": rate, "log_rate": log_rate})
         self._set_parameters((self._to_log(*as_reals(rate, log_rate)),), validate_args=validate_args)
 
-    def _to_log(self, rate: Tensor | None, log_rate: Tensor | None) -> Tensor:
+    def _to_log(self, rate: Tensor | None, log_rate: Tensor | SoftmaxMean | None) -> Tensor | SoftmaxMean:
         self._rate = rate  # kept: a rate of exactly 0 has no logarithm
         if rate is not None:
             return as_log(rate)
         assert log_rate is not None
         return log_rate
+
+    @cached_property
+    def log_rate(self) -> Tensor:
+        """Natural logarithm of the rate, before any zero inflation."""
+        return self._log_mean_of_softmax()
 
     @property
     def rate(self) -> Tensor:
@@ -113,7 +119,7 @@ class ZeroInflatedPoisson(Poisson):
         rate: Tensor | float | None = None,
         *,
         zi_logits: Tensor | float,
-        log_rate: Tensor | float | None = None,
+        log_rate: Tensor | float | SoftmaxMean | None = None,
         validate_args: bool | None = None,
     ) -> None:
         exactly_one(self, {"rate": rate, "log_rate": log_rate})

@@ -253,7 +253,7 @@ class SCVI(CellModel):
     def _likelihood(self, cells: Cells, out: DecoderOutput, log_size: torch.Tensor) -> TorchDistribution:
         if self.gene_likelihood == "normal":
             return Normal(out.log_rho, functional.softplus(self._log_theta(cells, out)) + 1e-3)
-        log_mean = out.log_rho + log_size
+        log_mean = out.log_mean(log_size)
         if self.gene_likelihood == "poisson":
             return Poisson(log_rate=log_mean)
         log_theta = self._log_theta(cells, out)

@@ -258,14 +258,14 @@ class TOTALVI(JointExpression, CellModel):
     def _generate_rna(self, cells: Cells, z: Tensor) -> None:
         out = self.decoder.heads(z, *_covariates(cells))
         size = cells.library if cells.size_factor is None else cells.size_factor
-        lazy_deterministic("rho", out.log_rho.exp, event_dim=1)
+        lazy_deterministic("rho", lambda: out.log_rho.exp(), event_dim=1)
         lazy_deterministic("size", lambda: size, event_dim=1)
         lazy_deterministic("mu", lambda: out.log_rho.exp() * size, event_dim=1)
         pyro.sample("x", self._rna(cells, out, size).to_event(1), obs=cells.counts)
 
     def _rna(self, cells: Cells, out: DecoderOutput, size: Tensor) -> TorchDistribution:
         log_theta = of_group(self.log_theta, self.gene_dispersion, cells)
-        log_mean = out.log_rho + size.log()
+        log_mean = out.log_mean(size.log())
         if out.zi_logits is None:
             return NegativeBinomial(log_mean=log_mean, log_theta=log_theta)
         return ZeroInflatedNegativeBinomial(log_mean=log_mean, log_theta=log_theta, zi_logits=out.zi_logits)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrocell.distributions.softmax_mean import SoftmaxMean
 from pyrocell.nn.covariates import Covariates, gather_codes
 from pyrocell.nn.features import FeatureLinear
 from pyrocell.nn.mlp import MLP
@@ -19,15 +21,56 @@ __all__ = ["DecoderOutput", "ProfileDecoder"]
 _SOFTPLUS_IS_EXP = -15.0
 
 
-class DecoderOutput(NamedTuple):
-    """Everything that a :class:`ProfileDecoder` says of cells; each of shape (..., B, n_genes)."""
+class DecoderOutput:
+    """Everything that a :class:`ProfileDecoder` says of cells; each of shape (..., B, n_genes).
 
-    log_rho: Tensor
-    """Log of the expression profile (natural); with ``profile="identity"``, the unconstrained value."""
-    log_theta: Tensor | None = None
-    """Log inverse dispersion of each gene in each cell, when built with the head ``"dispersion"``."""
-    zi_logits: Tensor | None = None
-    """Logit of the probability of a structural zero, when built with the head ``"zero_inflation"``."""
+    Parameters
+    ----------
+    log_rho
+        Log of the expression profile (natural); with ``profile="identity"``, the unconstrained value. None if logits
+        are given.
+    log_theta
+        Log inverse dispersion of each gene in each cell, when built with the head ``"dispersion"``.
+    zi_logits
+        Logit of the probability of a structural zero, when built with the head ``"zero_inflation"``.
+    logits
+        What the profile is the softmax of, if it is one of all features.
+    """
+
+    def __init__(
+        self,
+        log_rho: Tensor | None,
+        log_theta: Tensor | None = None,
+        zi_logits: Tensor | None = None,
+        *,
+        logits: Tensor | None = None,
+    ) -> None:
+        self.log_theta, self.zi_logits, self.logits = log_theta, zi_logits, logits
+        if log_rho is not None:
+            self.log_rho = log_rho
+
+    @cached_property
+    def log_rho(self) -> Tensor:
+        """Log of the expression profile; of a softmax, computed when first asked for."""
+        assert self.logits is not None
+        return functional.log_softmax(self.logits, dim=-1)
+
+    def log_mean(self, log_size: Tensor) -> Tensor | SoftmaxMean:
+        """Return the log mean of counts, for their distribution: that of the profile plus the log size.
+
+        Parameters
+        ----------
+        log_size
+            Log size of each cell (natural), shape (B, 1), or with leading dimensions.
+
+        Returns
+        -------
+        Tensor or SoftmaxMean
+            Shape (..., B, n_genes).
+        """
+        if self.logits is None:
+            return self.log_rho + log_size
+        return SoftmaxMean(self.logits, log_size, log_rho=lambda: self.log_rho)
 
 
 class ProfileDecoder(nn.Module):
@@ -140,12 +183,14 @@ class ProfileDecoder(nn.Module):
         categorical: Tensor | None = None,
         continuous: Tensor | None = None,
     ) -> DecoderOutput:
-        """Return log rho and the other heads built, from one pass; arguments as in :meth:`forward`."""
+        """Return the profile and the other heads built, from one pass; arguments as in :meth:`forward`."""
         hidden = self.hidden(z, batch, categorical, continuous)
+        whole = self.profile == "softmax" and self.scale.selected is None
         return DecoderOutput(
-            self._log_profile(hidden),
+            None if whole else self._log_profile(hidden),
             None if self.dispersion is None else self.dispersion(hidden),
             None if self.zero_inflation is None else self.zero_inflation(hidden),
+            logits=self.scale.logits(hidden) if whole else None,
         )
 
     def hidden(

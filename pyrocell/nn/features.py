@@ -52,19 +52,23 @@ class FeatureLinear(nn.Module):
             return linear(h, self.weight, self.bias)
         return linear(h, self.weight[:, self.selected], self.bias[self.selected])
 
+    def logits(self, h: Tensor) -> Tensor:
+        """Return what the softmax is of, at the chosen features; float32 or wider."""
+        return _at_least_float32(self(h))
+
     def log_softmax(self, h: Tensor) -> Tensor:
         """Log-softmax over *all* features, at the chosen ones; float32 or wider."""
         if self.selected is None:
-            return functional.log_softmax(_at_least_float32(self(h)), dim=-1)
+            return functional.log_softmax(self.logits(h), dim=-1)
         largest, total = self._normaliser(h)
-        return (_at_least_float32(self(h)) - largest) - total.log()
+        return (self.logits(h) - largest) - total.log()
 
     def softmax(self, h: Tensor) -> Tensor:
         """Softmax over *all* features, at the chosen ones; float32 or wider."""
         if self.selected is None:
-            return functional.softmax(_at_least_float32(self(h)), dim=-1)
+            return functional.softmax(self.logits(h), dim=-1)
         largest, total = self._normaliser(h)
-        return (_at_least_float32(self(h)) - largest).exp() / total
+        return (self.logits(h) - largest).exp() / total
 
     def _normaliser(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return the largest output m, and the sum over all features of exp(output - m), shape (..., 1) each.

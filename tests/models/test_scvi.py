@@ -12,10 +12,13 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 import pyrocell
-from pyrocell import SCVI
+from pyrocell import SCANVI, SCVI
 from pyrocell.data import simulate_scvi, synthetic_iid
 from pyrocell.errors import QueryError, SetupError
 from pyrocell.infer.effects import Warmup
+from pyrocell.nn import DecoderOutput
+
+LABELS = {"batch_key": "batch", "labels_key": "label", "unlabeled_category": "label_0"}
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +130,42 @@ def test_elbo_terms_against_float64(small):
     mean, sd = posterior.mean.double().numpy(), posterior.variance.double().numpy() ** 0.5
     kl = (0.5 * (sd**2 + mean**2 - 1) - np.log(sd)).sum(1)
     np.testing.assert_allclose(terms.kl_local.numpy(), kl, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gene_likelihood": "nb"},
+        {"gene_likelihood": "zinb", "dispersion": "gene-batch"},
+        {"gene_likelihood": "poisson", "use_observed_lib_size": False},
+        {"gene_likelihood": "nb", "dispersion": "gene-cell"},
+        {"model_class": SCANVI, "dispersion": "gene-label", "setup": LABELS},
+    ],
+    ids=str,
+)
+def test_the_loop_over_logits_gives_the_step_of_log_means(small, options, monkeypatch):
+    model = make(small, **options)
+    cells = model.dataset.cells(np.arange(40))
+
+    def step():
+        pyro.set_rng_seed(3)
+        with model.running():
+            terms = model.elbo()(cells)
+        parameters = dict(model.module.named_parameters())
+        slopes = torch.autograd.grad(terms.loss, list(parameters.values()), allow_unused=True)
+        drawn = torch.rand(3)  # what comes next
+        return terms, {name: v for name, v in zip(parameters, slopes, strict=True) if v is not None}, drawn
+
+    one, slopes, drawn = step()
+    monkeypatch.setattr(DecoderOutput, "log_mean", lambda self, log_size: self.log_rho + log_size)
+    other, expected, drawn_then = step()
+    assert torch.equal(drawn, drawn_then)
+    torch.testing.assert_close(one.reconstruction, other.reconstruction, rtol=1e-6, atol=0)
+    assert torch.equal(one.kl_local, other.kl_local)
+    assert slopes.keys() == expected.keys()
+    assert {"decoder.scale.weight", "encoder.mean.weight"} < slopes.keys()
+    for name, slope in slopes.items():
+        assert (slope - expected[name]).abs().max() <= 2e-5 * expected[name].abs().max() + 1e-5, name
 
 
 # ------------------------------------------------------------------------------------------------ questions

@@ -8,7 +8,9 @@ import pyro
 import pytest
 import torch
 from pyro.nn import PyroModule
+from torch.nn import functional
 
+from pyrocell.distributions import SoftmaxMean
 from pyrocell.nn import Covariates, FeatureLinear, GaussianEncoder, ProfileDecoder, select_features
 
 
@@ -100,7 +102,9 @@ def test_softplus_profile_keeps_log_and_gradient_over_extreme_ranges(value):
 def test_only_the_heads_asked_for_are_built():
     plain = ProfileDecoder(3, 5, 8)
     z = torch.randn(4, 3)
-    assert plain.heads(z)[1:] == (None, None)
+    out = plain.heads(z)
+    assert out.log_theta is None
+    assert out.zi_logits is None
     assert sum(isinstance(m, FeatureLinear) for m in plain.modules()) == 1
     full = ProfileDecoder(3, 5, 8, heads=("dispersion", "zero_inflation")).eval()
     out = full.heads(z)
@@ -108,6 +112,29 @@ def test_only_the_heads_asked_for_are_built():
     torch.testing.assert_close(out.log_rho, full.log_profile(z))
     torch.testing.assert_close(out.log_theta, full.dispersion(hidden))
     torch.testing.assert_close(out.zi_logits, full.zero_inflation(hidden))
+
+
+@pytest.mark.parametrize("profile", ["softmax", "softplus", "identity"])
+def test_log_means_of_counts(profile, monkeypatch):
+    decoder = ProfileDecoder(3, 50, 8, profile=profile).eval()
+    z, log_size = torch.randn(2, 4, 3), torch.randn(4, 1) + 7
+    asked = []
+    log_softmax = functional.log_softmax
+    monkeypatch.setattr(functional, "log_softmax", lambda *a, **b: asked.append(1) or log_softmax(*a, **b))
+    out = decoder.heads(z)
+    mean = out.log_mean(log_size)
+    assert not asked
+    if profile == "softmax":
+        assert isinstance(mean, SoftmaxMean)
+        assert mean.shape == (2, 4, 50)
+        mean = mean.log_mean
+    assert torch.equal(mean, out.log_rho + log_size)
+    assert torch.equal(out.log_rho, decoder.log_profile(z))
+    assert len(asked) == (2 if profile == "softmax" else 0)  # once for all of them, once for log_profile
+    with select_features(decoder, [3, 1]):
+        some = decoder.heads(z)
+    assert torch.equal(some.log_mean(log_size), some.log_rho + log_size)
+    assert some.log_rho.shape == (2, 4, 2)
 
 
 def test_identity_profile_is_unconstrained():
@@ -142,7 +169,8 @@ def test_chosen_features_equal_the_full_computation(profile, index):
     with select_features(decoder, index), torch.no_grad():
         some, some_rho = decoder.heads(z, batch), decoder(z, batch)
     torch.testing.assert_close(some_rho, rho[..., index], rtol=1e-6, atol=1e-6)
-    for part, whole in zip(some, full, strict=True):
+    for name in ("log_rho", "log_theta", "zi_logits"):
+        part, whole = getattr(some, name), getattr(full, name)
         torch.testing.assert_close(part, whole[..., index], rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(decoder(z, batch), rho)
 
