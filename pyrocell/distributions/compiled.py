@@ -177,16 +177,20 @@ def inflate(index: Block, logits: Array, in_logits: Array, rows: Arrays, seen: A
     ``rows`` are the log-probability and its slopes in the parameters of the base; ``seen`` and ``owned`` are for use
     here.
     """
+    n = index[0].shape[0]
     for k in range(len(rows)):
         take(index, rows[k], seen[k])
+    take(index, logits, seen[3])
+    deflate(seen[3, :n], seen[0, :n], seen[4, :n])
     if ends_of(logits)[0] >= _LOWEST_LOGIT:
         _inflate_common_zeros(logits, rows[0], owned, in_logits)
     else:
         _inflate_zeros(logits, rows[0], owned, in_logits)
-    deflate(index, seen[0], logits, rows[0], in_logits)
     for k in range(1, len(rows)):
         _scale(rows[k], owned)
+    for k in range(len(rows)):
         put(index, seen[k], rows[k])
+    put(index, seen[4], in_logits)
 
 
 # ------------------------------------------------------------------------------------------------ all cells
@@ -255,7 +259,7 @@ def negative_binomial(index: Index, parameters: Arrays, value: Array, sums: Arra
     starts, cols, counts = index
     n_samples, n_rows, n_columns = parameters[0].shape
     phi, theta, inverse = np.empty(n_columns, F), np.empty(n_columns, F), np.empty(n_columns, F)
-    seen, others, owned = np.empty((3, BLOCK), F), np.empty(BLOCK + 1, np.int64), np.empty(BLOCK, F)
+    seen, places, owned = np.empty((5, BLOCK), F), np.empty((3, BLOCK + 1), np.int64), np.empty(BLOCK, F)
     shared, lanes = parameters[1].shape[1] == 1, np.zeros(LANES)
     for sample in range(n_samples):
         for row in range(n_rows):
@@ -272,7 +276,7 @@ def negative_binomial(index: Index, parameters: Arrays, value: Array, sums: Arra
                 rows = out[a:b], in_mean[a:b], in_theta[a:b]
                 logs = log_mean[a:b], phi[a:b]
                 zeros_of_nb(logs[0], logs[1], theta[a:b], rows)
-                nonzeros_of_nb(there, logs, 0.0, inverse[a:b], rows, others)
+                nonzeros_of_nb(there, logs, 0.0, inverse[a:b], rows, places)
                 if len(parameters) == 3:
                     inflate(there, logits[a:b], in_logits[a:b], rows, seen, owned[: b - a])
                 if sums.size:
@@ -290,7 +294,7 @@ def poisson(index: Index, parameters: Arrays, value: Array, sums: Array, slopes:
     """
     starts, cols, counts = index
     n_samples, n_rows, n_columns = parameters[0].shape
-    seen, owned, lanes = np.empty((2, BLOCK), F), np.empty(BLOCK, F), np.zeros(LANES)
+    seen, owned, lanes = np.empty((5, BLOCK), F), np.empty(BLOCK, F), np.zeros(LANES)
     for sample in range(n_samples):
         for row in range(n_rows):
             log_rate, out = at(parameters[0], sample, row), at(value, sample, row)

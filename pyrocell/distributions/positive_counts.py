@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pyrocell.distributions.elementary import compiled, exp, log, log1p
+from pyrocell.distributions.elementary import compiled, exp_of_negative, log, log1p
 
 __all__ = ["LOG_RATIO_LIMIT", "deflate", "nonzeros_of_nb", "nonzeros_of_poisson", "put", "take"]
 
@@ -112,35 +112,30 @@ def _any_of_nb(x: Number, log_mean: Number, phi: Number) -> tuple[Number, Number
 
 
 @compiled
-def _ones_of_nb(
-    index: Index, log_mean: Array, shift: Number, inverse_theta: Array, rows: Rows, others: Array
-) -> int:
-    """Score ones, and list where something else is, or the ratio is out of bounds; says how many those are."""
-    cols, counts, first = index
-    value, mean_slope, theta_slope = rows
-    n_others = 0
-    for i in range(cols.shape[0]):  # without a branch: three quarters of the non-zeros of UMI data are ones
-        g = np.uint64(cols[i] - first)
-        zero, zero_slope, inverse = D(value[g]), D(mean_slope[g]), D(inverse_theta[g])
-        up, rest = (
-            -zero * inverse,
-            1.0 + zero_slope * inverse,
-        )  # log(1 + mean / theta), theta / (mean + theta)
-        is_one = (counts[i] == 1.0) & (up >= _LOWEST_UP) & (up <= LOG_RATIO_LIMIT)
-        slope = rest + zero_slope
-        value[g] = F(D(log_mean[g]) + shift - up + zero) if is_one else value[g]
-        mean_slope[g] = F(slope) if is_one else mean_slope[g]
-        theta_slope[g] = F(1.0 + zero - slope) if is_one else theta_slope[g]
-        others[n_others] = i
-        n_others += 0 if is_one else 1
-    return n_others
+def _told_apart(counts: Array, places: Array) -> tuple[int, int, int]:
+    """List where ones are, where two to four, and where other counts are; says how many there are of each.
+
+    Without a branch: of the non-zeros of UMI data 76 % are ones and 97 % at most four, and no processor can foresee
+    which.
+    """
+    n_ones = n_few = n_others = 0
+    for i in range(counts.shape[0]):
+        x = counts[i]
+        places[0, n_ones] = places[1, n_few] = places[2, n_others] = i
+        is_one, is_few = int(x == 1.0), int((x == 2.0) | (x == 3.0) | (x == 4.0))
+        n_ones += is_one
+        n_few += is_few
+        n_others += 1 - is_one - is_few
+    return n_ones, n_few, n_others
 
 
 @compiled
 def nonzeros_of_nb(
-    index: Index, logs: Pair, shift: Number, inverse_theta: Array, rows: Rows, others: Array
+    index: Index, logs: Pair, shift: Number, inverse_theta: Array, rows: Rows, places: Array
 ) -> None:
     """Score the non-zeros in a block of columns from log P(0) and its slope in the log mean, as found at their places.
+
+    While a count is small, nothing cancels in log P(x) = x log(mean) - (x + theta) log(1 + mean / theta) + finite sum.
 
     Parameters
     ----------
@@ -155,25 +150,43 @@ def nonzeros_of_nb(
     rows
         Log-probability and its slopes in log mean and log theta, of zeros; those of non-zeros are written to their
         places. float32.
-    others
-        Whole numbers, of one element more than there are non-zeros, for use here.
+    places
+        Whole numbers, (3, one more than there are non-zeros), for use here.
     """
     cols, counts, first = index
     value, mean_slope, theta_slope = rows
     log_mean, phi = logs
-    for j in range(_ones_of_nb(index, log_mean, shift, inverse_theta, rows, others)):
-        g, x = np.uint64(cols[others[j]] - first), counts[others[j]]
-        eta, zero, zero_slope = D(log_mean[g]) + shift, D(value[g]), D(mean_slope[g])
-        if (x >= 2.0) & (x <= 4.0) & (x == np.floor(x)) & (abs(eta - D(phi[g])) <= LOG_RATIO_LIMIT):
-            # log P(x) = x log(mean) - (x + theta) log(1 + mean / theta) + finite sum: nothing cancels while x is small
-            found, slope = _few(x, D(inverse_theta[g]))
-            grown = 1.0 + x * D(inverse_theta[g])
-            found += x * eta + zero * grown
-            in_mean = x + zero_slope * grown
-            in_theta = slope + zero - in_mean
-        else:
-            found, in_mean, in_theta = _any_of_nb(x, eta, D(phi[g]))
-        value[g], mean_slope[g], theta_slope[g] = F(found), F(in_mean), F(in_theta)
+    n_ones, n_few, n_others = _told_apart(counts, places)
+    for j in range(n_ones):
+        i = places[0, j]
+        g = np.uint64(cols[i] - first)
+        zero, zero_slope, inverse = D(value[g]), D(mean_slope[g]), D(inverse_theta[g])
+        up = -zero * inverse
+        if up < _LOWEST_UP or up > LOG_RATIO_LIMIT:  # the ratio is out of its bounds
+            places[2, n_others] = i
+            n_others += 1
+            continue
+        slope = 1.0 + zero_slope * inverse + zero_slope
+        value[g], mean_slope[g] = F(D(log_mean[g]) + shift - up + zero), F(slope)
+        theta_slope[g] = F(1.0 + zero - slope)
+    for j in range(n_few):
+        i = places[1, j]
+        g, x = np.uint64(cols[i] - first), counts[i]
+        zero, zero_slope, inverse = D(value[g]), D(mean_slope[g]), D(inverse_theta[g])
+        up = -zero * inverse
+        if up < _LOWEST_UP or up > LOG_RATIO_LIMIT:
+            places[2, n_others] = i
+            n_others += 1
+            continue
+        found, in_theta = _few(x, inverse)
+        slope = x * (1.0 + zero_slope * inverse) + zero_slope
+        value[g], mean_slope[g] = F(found + x * (D(log_mean[g]) + shift - up) + zero), F(slope)
+        theta_slope[g] = F(in_theta + zero - slope)
+    for j in range(n_others):
+        i = places[2, j]
+        g = np.uint64(cols[i] - first)
+        found, slope, in_theta = _any_of_nb(counts[i], D(log_mean[g]) + shift, D(phi[g]))
+        value[g], mean_slope[g], theta_slope[g] = F(found), F(slope), F(in_theta)
 
 
 # ------------------------------------------------------------------------------------------------ the others
@@ -196,7 +209,7 @@ def take(index: Index, row: Array, seen: Array) -> None:
     """Keep what a row of a block holds at non-zeros."""
     cols, _, first = index
     for i in range(cols.shape[0]):
-        seen[i] = row[cols[i] - first]
+        seen[i] = row[np.uint64(cols[i] - first)]
 
 
 @compiled
@@ -204,17 +217,15 @@ def put(index: Index, seen: Array, row: Array) -> None:
     """Write what was kept to its places in a row of a block."""
     cols, _, first = index
     for i in range(cols.shape[0]):
-        row[cols[i] - first] = seen[i]
+        row[np.uint64(cols[i] - first)] = seen[i]
 
 
 @compiled
-def deflate(index: Index, seen: Array, logits: Array, value: Array, logits_slope: Array) -> None:
-    """Write the score of non-zeros, with log(1 - zi) added, and its slope in the logits."""
-    cols, _, first = index
-    for i in range(cols.shape[0]):
-        g = np.uint64(cols[i] - first)
-        logit = logits[g]
-        tail = exp(-abs(logit))
+def deflate(logits: Array, value: Array, logits_slope: Array) -> None:
+    """Add log(1 - zi) to the scores of non-zeros, and write its slope in the logits over these."""
+    for i in range(logits.shape[0]):
+        logit = logits[i]
+        tail = exp_of_negative(-abs(logit))
         inverse = _ONE / (_ONE + tail)
-        value[g] = seen[i] - ((logit if logit > _ZERO else _ZERO) + log1p(tail, inverse))
-        logits_slope[g] = -(_ONE if logit > _ZERO else tail) * inverse
+        value[i] -= (logit if logit > _ZERO else _ZERO) + log1p(tail, inverse)
+        logits_slope[i] = -(_ONE if logit > _ZERO else tail) * inverse

@@ -144,7 +144,7 @@ def negative_binomial_of_profile(index: Index, parameters: Arrays, sums: Array, 
     n_samples, n_rows, n_columns = parameters[0].shape
     phi, theta, inverse = np.empty(n_columns, F), np.empty(n_columns, F), np.empty(n_columns, F)
     powers, value, log_mean = np.empty(n_columns, F), np.empty(BLOCK, F), np.empty(BLOCK, F)
-    seen, others, owned = np.empty((3, BLOCK), F), np.empty(BLOCK + 1, np.int64), np.empty(BLOCK, F)
+    seen, places, owned = np.empty((5, BLOCK), F), np.empty((3, BLOCK + 1), np.int64), np.empty(BLOCK, F)
     in_value, in_slope = np.zeros(LANES), np.zeros(LANES)
     shared = parameters[2].shape[1] == 1
     for sample in range(n_samples):
@@ -169,7 +169,7 @@ def negative_binomial_of_profile(index: Index, parameters: Arrays, sums: Array, 
                 else:
                     _log_means(logits[a:b], shift, log_mean)
                     zeros_of_nb(log_mean[: b - a], phi[a:b], theta[a:b], rows)
-                nonzeros_of_nb(there, (logits[a:b], phi[a:b]), shift, inverse[a:b], rows, others)
+                nonzeros_of_nb(there, (logits[a:b], phi[a:b]), shift, inverse[a:b], rows, places)
                 if len(parameters) == 4:
                     inflate(there, zi_logits[a:b], in_zi[a:b], rows, seen, owned[: b - a])
                 add_up(rows[0], in_value)
@@ -191,7 +191,7 @@ def poisson_of_profile(index: Index, parameters: Arrays, sums: Array, slopes: Ar
     starts, cols, counts = index
     n_samples, n_rows, n_columns = parameters[0].shape
     powers, value, log_rate = np.empty(n_columns, F), np.empty(BLOCK, F), np.empty(BLOCK, F)
-    seen, owned = np.empty((2, BLOCK), F), np.empty(BLOCK, F)
+    seen, owned = np.empty((5, BLOCK), F), np.empty(BLOCK, F)
     in_value, in_slope = np.zeros(LANES), np.zeros(LANES)
     for sample in range(n_samples):
         for row in range(n_rows):
