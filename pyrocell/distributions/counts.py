@@ -50,7 +50,7 @@ class NonZeros:
     Parameters
     ----------
     flat : Tensor
-        int64, shape (n_nonzero,): positions in the flattened counts, row by row, each at most once.
+        int64, shape (n_nonzero,): positions in the flattened counts, in increasing order, each at most once.
     values : Tensor
         The counts there, shape (n_nonzero,), any real dtype.
     n_rows, n_columns : int
