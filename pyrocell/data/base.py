@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrocell.data.slots import Slots
+from pyrocell.distributions import NonZeros
 
 __all__ = [
     "NONINTEGER",
@@ -26,7 +27,7 @@ __all__ = [
     "tensor_like",
 ]
 
-Reader = Callable[[np.ndarray], Mapping[str, Tensor | None]]
+Reader = Callable[[np.ndarray], Mapping[str, Tensor | NonZeros | None]]
 """Gives, for rows (int64), the attributes of `Cells` that a field provides."""
 
 Setup = Mapping[str, Any]

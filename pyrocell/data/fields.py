@@ -16,7 +16,7 @@ from pyrocell.data.base import NONINTEGER, Argument, Field, Frozen, Reader, Setu
 from pyrocell.data.extension import absent_features, with_empty_columns
 from pyrocell.data.matrices import MatrixReader
 from pyrocell.data.slots import Slots, what_there_is
-from pyrocell.distributions import NonZeros, attach_nonzeros
+from pyrocell.distributions import NonZeros
 from pyrocell.errors import DataError, list_some
 
 __all__ = ["Counts"]
@@ -109,16 +109,12 @@ class Counts(Field):
         matrix = self._as_read(self._aligned(slots, setup, record))
         measured = measured_cells(self, slots, setup)
 
-        def read(rows: np.ndarray) -> dict[str, Tensor | None]:
-            entries = matrix.entries(rows)
+        def read(rows: np.ndarray) -> dict[str, Tensor | NonZeros | None]:
+            counts = matrix.nonzeros(rows)
             if measured is not None:
-                entries = entries.only(measured[rows[entries.rows]])
-            counts = np.zeros((len(rows), matrix.n_cols), dtype=np.float32)
-            dense = attach_nonzeros(torch.from_numpy(counts), *entries)
-            # Written through NumPy: torch would take the index of non-zeros for outdated.
-            counts.ravel()[NonZeros.of(dense).flat.numpy()] = entries.values
-            library = torch.from_numpy(entries.totals(len(rows)).astype(np.float32)).unsqueeze(1)
-            found: dict[str, Tensor | None] = {self.name: dense, self.library: library}
+                counts = counts.only_rows(measured[rows])
+            library = torch.from_numpy(counts.totals().astype(np.float32)).unsqueeze(1)
+            found: dict[str, Tensor | NonZeros | None] = {self.name: counts, self.library: library}
             if self.absent_ok:
                 mask = np.ones(len(rows), dtype=bool) if measured is None else measured[rows]
                 found[self.mask] = torch.from_numpy(mask)

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
-from pyrocell.distributions.compiled import positions_of_rows
+from pyrocell.distributions import NonZeros
+from pyrocell.distributions.counts import sums_of_rows
+from pyrocell.distributions.rows import positions_of_rows, rows_of_matrix
 from pyrocell.errors import DataError, PyrocellWarning
 
 __all__ = ["Entries", "MatrixReader", "by_column", "open_matrix", "with_absent"]
@@ -33,12 +36,7 @@ class Entries(NamedTuple):
 
     def totals(self, n_rows: int) -> np.ndarray:
         """Return the sum of each row in float64, shape (n_rows,)."""
-        bounds = np.searchsorted(self.rows, np.arange(n_rows + 1))
-        filled = bounds[1:] > bounds[:-1]
-        totals = np.zeros(n_rows)
-        if filled.any():
-            totals[filled] = np.add.reduceat(self.values, bounds[:-1][filled], dtype=np.float64)
-        return totals
+        return sums_of_rows(self.values, np.searchsorted(self.rows, np.arange(n_rows + 1)))
 
     def only(self, wanted: np.ndarray) -> Entries:
         """Return some of the entries, chosen by a boolean each."""
@@ -54,6 +52,10 @@ class MatrixReader(ABC):
     @abstractmethod
     def entries(self, rows: np.ndarray) -> Entries:
         """Return the non-zero entries of ``rows`` (int64), which may repeat and need no order."""
+
+    def nonzeros(self, rows: np.ndarray) -> NonZeros:
+        """Return the same as an index of non-zero counts."""
+        return NonZeros.of_entries(*self.entries(rows), n_rows=len(rows), n_columns=self.n_cols)
 
     def blocks(self) -> Iterator[tuple[int, int, Entries]]:
         """Walk once over all rows: yield (first row, number of rows, entries), with bounded memory."""
@@ -154,6 +156,10 @@ def _without_zeros(rows: np.ndarray, cols: np.ndarray, values: np.ndarray) -> En
     )
 
 
+def _is_compiled_for(array: np.ndarray) -> bool:
+    return bool(array.dtype.isnative) and array.dtype.name not in ("float16", "longdouble", "float128")
+
+
 class _Sparse(MatrixReader):
     """CSR in memory: the user's own matrix where its columns need no change."""
 
@@ -163,11 +169,28 @@ class _Sparse(MatrixReader):
         self.n_rows, self.n_cols = matrix.shape if rows is None else (len(rows), matrix.shape[1])
 
     def entries(self, rows: np.ndarray) -> Entries:
-        there = rows if self._rows is None else self._rows[rows]
-        starts, ends = (self._matrix.indptr[ends].astype(np.int64) for ends in (there, there + 1))
-        found, chosen = positions_of_rows(starts, ends)  # a sixth of the time of indexing the matrix
+        found, chosen = positions_of_rows(*self._place_of(rows))  # a sixth of the time of indexing the matrix
         cols = self._matrix.indices[chosen].astype(np.int64)
         return _without_zeros(found, cols, _numbers(self._matrix.data[chosen]))
+
+    def nonzeros(self, rows: np.ndarray) -> NonZeros:
+        data, indices = self._matrix.data, self._matrix.indices
+        if not (_is_compiled_for(data) and _is_compiled_for(indices)):
+            return super().nonzeros(rows)
+        found = rows_of_matrix(*self._place_of(rows), indices, data, self.n_cols)
+        if not found[-1]:
+            raise DataError(
+                "A sparse matrix is damaged, or has changed since it was set up: rows reach beyond its data, or their "
+                "columns do not ascend or lie outside of it. Rebuild it, or read its file again from where it came."
+            )
+        cols, values, bounds = map(torch.from_numpy, found[:-1])
+        return NonZeros.of_rows(cols, values, bounds, self.n_cols)
+
+    def _place_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where rows begin and end among the entries of the matrix."""
+        there = rows if self._rows is None else self._rows[rows]
+        starts, ends = (self._matrix.indptr[ends].astype(np.int64) for ends in (there, there + 1))
+        return starts, ends
 
 
 def _entries_of_dense(dense: np.ndarray) -> Entries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,8 @@ class Cells:
     Parameters
     ----------
     values
-        Tensor of each attribute, first dimension n_cells; None for a size factor that was left out.
+        Tensor of each attribute, first dimension n_cells, or the index of its non-zeros, which becomes a dense tensor
+        when somebody asks for it; None for a size factor that was left out.
     rows
         Row of each cell in its data set, int64, shape (n_cells,).
     n_total
@@ -70,10 +71,20 @@ class Cells:
     rows: Tensor
     n_total: int
 
-    def __init__(self, values: Mapping[str, Tensor | None], rows: Tensor, n_total: int) -> None:
-        self.__dict__.update(values, rows=rows, n_total=n_total)
+    def __init__(self, values: Mapping[str, Tensor | NonZeros | None], rows: Tensor, n_total: int) -> None:
+        self._names = list(values)
+        self._sparse = {name: value for name, value in values.items() if isinstance(value, NonZeros)}
+        self._dense: dict[str, Tensor] = {}
+        self.__dict__.update({name: value for name, value in values.items() if name not in self._sparse})
+        self.rows, self.n_total = rows, n_total
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_sparse", ()):
+            if name not in self._dense:
+                self._dense[name] = self._sparse[name].dense()
+            return self._dense[name]
+        if name.startswith("__"):  # copy and pickle look for methods
+            raise AttributeError(name)
         raise AttributeError(
             f"These cells have no {name!r}; they have {', '.join(self.names())}. Declare it as a field of the model."
         )
@@ -82,9 +93,10 @@ class Cells:
         return len(self.rows)
 
     def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in (*self._names, "rows", "n_total")}
         shapes = [
             f"{name} {'x'.join(map(str, value.shape))}" if isinstance(value, Tensor) else f"{name} {value}"
-            for name, value in self.__dict__.items()
+            for name, value in shown.items()
         ]
         return f"Cells({', '.join(shapes)})"
 
@@ -94,39 +106,80 @@ class Cells:
 
     def names(self) -> list[str]:
         """Return the names of the attributes that hold data."""
-        return [name for name in self.__dict__ if name not in ("rows", "n_total")]
+        return list(self._names)
+
+    def as_read(self, name: str) -> Any:
+        """Return an attribute without making it dense: the index of its non-zeros, where it was read as such."""
+        if name not in self._sparse or name in self.__dict__:
+            return getattr(self, name)
+        dense = self._dense.get(name)
+        is_changed = dense is not None and NonZeros.known(dense) is None  # somebody has written to it
+        return dense if is_changed else self._sparse[name]
+
+    def parts(self) -> tuple[Hashable, list[Tensor]]:
+        """Return all tensors, those of indices of non-zeros among them, and what else there is to know: their kind.
+
+        Cells of one kind differ in the values of these tensors, and in the number of non-zeros.
+        """
+        kind: list[Hashable] = [len(self), self.n_total]
+        tensors = [self.rows]
+        for name in self._names:
+            value = self.as_read(name)
+            if isinstance(value, NonZeros):
+                kind.append((name, "non-zeros", value.n_columns, value.values.dtype, value.are_few))
+                tensors += value.parts()
+            elif value is None:
+                kind.append((name, None))
+            else:
+                kind.append((name, *value.shape, value.dtype))
+                tensors.append(value)
+        return tuple(kind), tensors
+
+    def of_parts(self, tensors: Sequence[Tensor]) -> Cells:
+        """Return cells of the same kind that consist of other tensors, given in the order of `parts`."""
+        rows, *rest = tensors
+        values: dict[str, Tensor | NonZeros | None] = {}
+        for name in self._names:
+            value = self.as_read(name)
+            if isinstance(value, NonZeros):
+                own, rest = rest[: len(value.parts())], rest[len(value.parts()) :]
+                values[name] = NonZeros.of_parts(own, value.n_columns, are_few=value.are_few)
+            else:
+                values[name] = None if value is None else rest.pop(0)
+        return Cells(values, rows, self.n_total)
 
     def replace(self, **changes: Any) -> Cells:
         """Return a copy with some attributes changed: what a counterfactual question asks about."""
-        unknown = sorted(set(changes) - set(self.__dict__))
+        unknown = sorted(set(changes) - {*self._names, "rows", "n_total"})
         if unknown:
             raise QueryError(
-                f"These cells have no {list_some(unknown)}; they have {', '.join(self.__dict__)}."
+                f"These cells have no {list_some(unknown)}; they have {', '.join((*self._names, 'rows', 'n_total'))}."
             )
-        values = {**self.__dict__, **changes}
-        return Cells(values, values.pop("rows"), values.pop("n_total"))
+        values = {name: self.as_read(name) for name in self._names} | changes
+        rows, n_total = values.pop("rows", self.rows), values.pop("n_total", self.n_total)
+        changed = Cells(values, rows, n_total)
+        if not self._sparse.keys() & changes.keys():
+            changed._dense = self._dense  # whoever needs them first makes them for all
+        return changed
 
     def to(self, device: str | torch.device) -> Cells:
         """Return the cells on a device; counts travel as their non-zeros and become dense there."""
         if torch.device(device) == self.rows.device:
             return self
+        values = {name: self.as_read(name) for name in (*self._names, "rows")}
         return self.replace(
-            **{
-                name: _moved(value, device)
-                for name, value in self.__dict__.items()
-                if isinstance(value, Tensor)
-            }
+            **{name: _moved(value, device) for name, value in values.items() if value is not None}
         )
 
 
-def _moved(values: Tensor, device: str | torch.device) -> Tensor:
-    nonzeros = NonZeros.of(values) if getattr(values, "_nonzeros", None) is not None else None
-    return _sent(values, device) if nonzeros is None else _dense_on(device, values.shape, nonzeros)
+def _moved(values: Tensor | NonZeros, device: str | torch.device) -> Tensor:
+    return _sent(values, device) if isinstance(values, Tensor) else _dense_on(device, values)
 
 
-def _dense_on(device: str | torch.device, shape: torch.Size, nonzeros: NonZeros) -> Tensor:
-    dense = torch.zeros(shape, dtype=nonzeros.values.dtype, device=device)
-    dense.view(-1).scatter_(0, _sent(nonzeros.flat, device), _sent(nonzeros.values, device))
+def _dense_on(device: str | torch.device, nonzeros: NonZeros) -> Tensor:
+    dense = torch.zeros(nonzeros.n_rows, nonzeros.n_columns, dtype=torch.float32, device=device)
+    values = nonzeros.values.to(dense.dtype)
+    dense.view(-1).scatter_(0, _sent(nonzeros.flat, device), _sent(values, device))
     return dense
 
 
@@ -242,7 +295,7 @@ class Dataset:
             If a row is not in the data.
         """
         rows = self._checked(rows)
-        values: dict[str, Tensor | None] = {}
+        values: dict[str, Tensor | NonZeros | None] = {}
         for read in self._readers:
             values.update(read(rows))
         return Cells(values, torch.from_numpy(rows), self.n_cells if n_total is None else n_total)

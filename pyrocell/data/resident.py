@@ -72,7 +72,7 @@ class Resident:
         for start in range(0, dataset.n_cells, _BLOCK):
             cells = dataset.cells(np.arange(start, min(start + _BLOCK, dataset.n_cells)))
             for name in cells.names():  # of a block, its zeros are not kept
-                parts.setdefault(name, []).append(_without_zeros(getattr(cells, name)))
+                parts.setdefault(name, []).append(cells.as_read(name))
         self._columns: dict[str, _Column | _Shared | _Sparse | None] = {
             name: _Shared(blocks[0].to(device)) if name in dataset.shared else _column(blocks, device)
             for name, blocks in parts.items()
@@ -156,12 +156,6 @@ class _Sparse:
         return dense.scatter_add_(1, self.columns[place].long(), self.values[place].to(self.dtype))
 
 
-def _without_zeros(value: Tensor | None) -> Tensor | NonZeros | None:
-    """Return the non-zero values where they are known, else the values."""
-    sparse = getattr(value, "_nonzeros", None) is not None
-    return NonZeros.of(value) if sparse and value is not None else value
-
-
 def _column(blocks: list[Any], device: torch.device) -> _Column | _Sparse | None:
     if blocks[0] is None:
         return None
@@ -190,11 +184,11 @@ def estimate_bytes(dataset: Dataset, n_seen: int = 512) -> int:
     rows = np.linspace(0, dataset.n_cells - 1, min(n_seen, dataset.n_cells)).astype(np.int64)
     cells, total = dataset.cells(rows), 0.0
     for name in cells.names():
-        value = getattr(cells, name)
+        value = cells.as_read(name)
         if value is None or name in dataset.shared:
             continue
-        sparse = getattr(value, "_nonzeros", None) is not None
-        size = len(NonZeros.of(value)) * 6 if sparse else value.numel() * value.element_size()
+        sparse = isinstance(value, NonZeros)
+        size = len(value) * 6 if sparse else value.numel() * value.element_size()
         total += size / len(rows)
     return int(total * dataset.n_cells)
 

@@ -16,6 +16,7 @@ from torch.types import _size
 
 from pyrocell.distributions.base import CountDistribution, as_reals
 from pyrocell.distributions.counts import NonZeros
+from pyrocell.distributions.operators import as_operator
 from pyrocell.distributions.shapes import aligned
 
 __all__ = ["ScaledBernoulli"]
@@ -163,15 +164,11 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, logits: Tensor, *factors: Tensor) -> Tensor:
-        n_samples, n_rows, _ = logits.shape
-        out = logits.new_empty((n_samples, n_rows) if call.sum_last else logits.shape)
-        learns = call.grad_mode and any(ctx.needs_input_grad)
-        slopes = [torch.empty_like(logits) for _ in range(2)] if learns else []
-        for sample, rows, seen in _blocks(call.ones, logits):
-            parts = [_part(factor, sample, rows) for factor in factors]
-            into = [slope[sample, rows] for slope in slopes]
-            value = _score_block(logits[sample, rows], parts, seen, into)
-            out[sample, rows] = value.sum(-1) if call.sum_last else value
+        asked = {"sum_last": call.sum_last, "learns": call.grad_mode and any(ctx.needs_input_grad)}
+        if isinstance(call.ones, Tensor):
+            out, *slopes = _score_all(call.ones, logits, factors, **asked)
+        else:
+            out, *slopes = score_ones(call.ones.parts(), logits, factors, **asked)
         ctx.sum_last, ctx.n_factors = call.sum_last, len(factors)
         ctx.save_for_backward(*slopes, *factors)
         return out
@@ -192,6 +189,35 @@ class _Score(torch.autograd.Function):
                 for factor, needed in zip(factors, wanted[2:], strict=True)
             ),
         )
+
+
+def _score_all(
+    ones: NonZeros | Tensor, logits: Tensor, factors: Sequence[Tensor], *, sum_last: bool, learns: bool
+) -> list[Tensor]:
+    """Return log-probabilities, and their slopes in log p and in the logits, if wanted."""
+    n_samples, n_rows, _ = logits.shape
+    out = logits.new_empty((n_samples, n_rows) if sum_last else logits.shape)
+    slopes = [torch.empty_like(logits) for _ in range(2)] if learns else []
+    for sample, rows, seen in _blocks(ones, logits):
+        parts = [_part(factor, sample, rows) for factor in factors]
+        into = [slope[sample, rows] for slope in slopes]
+        value = _score_block(logits[sample, rows], parts, seen, into)
+        out[sample, rows] = value.sum(-1) if sum_last else value
+    return [out, *slopes]
+
+
+def _score_ones(
+    ones: list[Tensor], logits: Tensor, factors: list[Tensor], *, sum_last: bool, learns: bool
+) -> list[Tensor]:
+    index = NonZeros.of_parts(ones, logits.shape[2])
+    return _score_all(index, logits, factors, sum_last=sum_last, learns=learns)
+
+
+score_ones = as_operator(
+    "score_ones(Tensor[] ones, Tensor logits, Tensor[] factors, *, bool sum_last, bool learns) -> Tensor[]",
+    _score_ones,
+)
+"""The same as one operation, from the parts of the index of the ones: blocks and shortcuts depend on values."""
 
 
 @dataclass(frozen=True)

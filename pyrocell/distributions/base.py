@@ -57,9 +57,8 @@ class CountDistribution(TorchDistribution):
         self, parameters: Sequence[Tensor | SoftmaxMean], *, validate_args: bool | None
     ) -> None:
         for name, parameter in zip(self.parameter_names, parameters, strict=True):
-            if isinstance(
-                parameter, SoftmaxMean
-            ):  # the property of this name computes it when it is asked for
+            # The property of this name computes it when it is asked for.
+            if isinstance(parameter, SoftmaxMean):
                 self._softmax_mean = parameter
             else:
                 setattr(self, name, parameter)

@@ -41,10 +41,7 @@ __all__ = [
     "end_of_block",
     "inflate",
     "negative_binomial",
-    "ordered_by_column",
     "poisson",
-    "positions_of_rows",
-    "row_by_row",
     "total_of",
     "zeros_of_nb",
     "zeros_of_poisson",
@@ -314,64 +311,3 @@ def poisson(index: Index, parameters: Arrays, value: Array, sums: Array, slopes:
                 begin = end
             if sums.size:
                 sums[sample, row] = total_of(lanes)
-
-
-# ------------------------------------------------------------------------------------------------ order
-
-
-@compiled
-def ordered_by_column(
-    starts: Array, cols: Array, values: Array, n_columns: int
-) -> tuple[Array, Array, Array]:
-    """Order entries by column, and by row within one: where each column begins, and rows and values in that order."""
-    ends = np.zeros(n_columns + 1, dtype=np.int64)
-    for i in range(cols.shape[0]):
-        ends[cols[i] + 1] += 1
-    for column in range(n_columns):
-        ends[column + 1] += ends[column]
-    begins = ends[:-1].copy()
-    rows, ordered = np.empty(cols.shape[0], dtype=np.int64), np.empty_like(values)
-    for row in range(starts.shape[0] - 1):
-        for i in range(starts[row], starts[row + 1]):
-            place = ends[cols[i]]
-            rows[place], ordered[place] = row, values[i]
-            ends[cols[i]] = place + 1
-    return begins, rows, ordered
-
-
-@compiled
-def row_by_row(rows: Array, cols: Array, n_rows: int, n_columns: int) -> tuple[Array, Array, bool]:
-    """Place entries in the flattened array: their positions, where each row begins, and whether they were in order.
-
-    In order means row by row, by column in each, without repeats, and inside of the array.
-    """
-    flat, bounds = np.empty(rows.shape[0], dtype=np.int64), np.empty(n_rows + 1, dtype=np.int64)
-    last, begun = -1, 0
-    for i in range(rows.shape[0]):
-        row, column = rows[i], cols[i]
-        flat[i] = row * n_columns + column
-        if row < 0 or row >= n_rows or column < 0 or column >= n_columns or flat[i] <= last:
-            return flat, bounds, False
-        last = flat[i]
-        while begun <= row:
-            bounds[begun] = i
-            begun += 1
-    while begun <= n_rows:
-        bounds[begun] = rows.shape[0]
-        begun += 1
-    return flat, bounds, True
-
-
-@compiled
-def positions_of_rows(starts: Array, ends: Array) -> tuple[Array, Array]:
-    """Return the row of each entry and its position, ``starts[row]`` to ``ends[row] - 1``, one row after the other."""
-    n = 0
-    for row in range(starts.shape[0]):
-        n += max(0, ends[row] - starts[row])
-    rows, positions = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
-    n = 0
-    for row in range(starts.shape[0]):
-        for position in range(starts[row], ends[row]):
-            rows[n], positions[n] = row, position
-            n += 1
-    return rows, positions

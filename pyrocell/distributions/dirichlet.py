@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributions.kl import register_kl
 from torch.types import _size
 
+from pyrocell.distributions.operators import as_operator
+
 __all__ = ["Dirichlet"]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -46,7 +48,7 @@ class _LogGammaDraw(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, concentration: Tensor) -> Tensor:
-        draw = _transformed_normal if concentration.device.type == "cpu" else _built_in
+        draw = transformed_normal if concentration.device.type == "cpu" else _built_in
         value, slope = draw(concentration + _AUGMENT)
         for i in range(_AUGMENT):  # Gamma(a) = Gamma(a + 1) * uniform ** (1 / a)
             shape = concentration + i
@@ -88,6 +90,12 @@ def _transformed_normal(shape: Tensor) -> tuple[Tensor, Tensor]:
     moved = ((x2 + 3) * x / 108 - ((x2 + 4) * x2 + 8) * (3 / 270) * c) / d.square()
     slope = 1 / d + 3 * c / (1 + y) * (moved - x / (2 * d))
     return (d.log() + 3 * y.log1p()).view_as(shape), slope.view_as(shape)
+
+
+transformed_normal = as_operator(
+    "transformed_normal(Tensor shape) -> (Tensor, Tensor)", _transformed_normal, draws=True
+)
+"""The same as one operation: how often it goes around depends on the draws."""
 
 
 def _accepts(x: Tensor, d: Tensor, c: Tensor) -> Tensor:

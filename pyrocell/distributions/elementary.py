@@ -31,7 +31,7 @@ Number = Any  # float32 or float64: the compiler tells them apart, and knows not
 F, I = np.float32, np.int32  # noqa: E741
 
 
-_SOURCES = ("elementary", "positive_counts", "compiled", "profiles")
+_SOURCES = ("elementary", "positive_counts", "compiled", "profiles", "rows")
 """The files with compiled functions that others call."""
 
 

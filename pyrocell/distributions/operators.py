@@ -15,7 +15,7 @@ _LIBRARY = torch.library.Library("pyrocell", "FRAGMENT")
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 
 
-def as_operator(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def as_operator(schema: str, function: Callable[..., Any], *, draws: bool = False) -> Callable[..., Any]:
     """Make a function of CPU tensors an operator of torch, ``torch.ops.pyrocell.<name>``.
 
     Seen from outside, the function reads and writes memory that torch knows nothing of: recorded as it is, its result
@@ -25,9 +25,11 @@ def as_operator(schema: str, function: Callable[..., Any]) -> Callable[..., Any]
     ----------
     schema : str
         Name, arguments and results in torch's notation, such as ``"twice(Tensor x) -> Tensor"``. Results share no
-        memory with arguments.
+        memory with arguments or each other.
     function : callable
         What to run.
+    draws : bool
+        Whether it draws random numbers.
 
     Returns
     -------
@@ -35,7 +37,7 @@ def as_operator(schema: str, function: Callable[..., Any]) -> Callable[..., Any]
         The operator.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=(torch.Tag.nondeterministic_seeded,) if draws else ())
     _LIBRARY.impl(name, function, "CPU")
     operator: Callable[..., Any] = getattr(torch.ops.pyrocell, name).default
     _FUNCTIONS[operator] = function

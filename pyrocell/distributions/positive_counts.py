@@ -83,9 +83,8 @@ def _series(x: Number, theta: Number) -> tuple[Number, Number]:
 @compiled
 def _few(x: Number, inverse: Number) -> tuple[Number, Number]:
     """Compute log[(1 + 1/theta) ... (1 + (x - 1)/theta) / x!] and theta [psi(x + theta) - psi(theta)], x = 2, 3, 4."""
-    second = (
-        1.0 + 2.0 * inverse if x > 2.0 else 1.0
-    )  # chosen, not branched to: what comes next cannot be foreseen
+    # Chosen, not branched to: what comes next cannot be foreseen.
+    second = 1.0 + 2.0 * inverse if x > 2.0 else 1.0
     third = 1.0 + 3.0 * inverse if x > 3.0 else 1.0
     over_factorial = 1 / 24 if x > 3.0 else (1 / 6 if x > 2.0 else 1 / 2)
     two = (1.0 + inverse) * second

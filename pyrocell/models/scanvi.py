@@ -21,7 +21,7 @@ from pyrocell.infer.effects import Site
 from pyrocell.models.asking import Question
 from pyrocell.models.labels import ClassifierOptions, probability_table
 from pyrocell.models.scvi import SCVI, Dispersion, Likelihood
-from pyrocell.nn import Classifier, GaussianEncoder
+from pyrocell.nn import Classifier, GaussianEncoder, indicators
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -267,4 +267,4 @@ class SCANVI(SCVI):
 
 def _certainly(label: torch.Tensor, n_labels: int) -> torch.Tensor:
     """Logits that leave no doubt about a label."""
-    return (2 * functional.one_hot(label, n_labels) - 1) * _CERTAIN
+    return (2 * indicators(label, n_labels).long() - 1) * _CERTAIN

@@ -16,7 +16,7 @@ from pyrocell.infer.effects import lazy_deterministic
 from pyrocell.infer.plan import TrainingPlan
 from pyrocell.models.base import CellModel
 from pyrocell.models.dna import DnaQueries
-from pyrocell.nn import DnaTower
+from pyrocell.nn import DnaTower, indicators
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -170,7 +170,7 @@ class SCBASSET(DnaQueries, CellModel):  # type: ignore[misc]  # verbs over cells
         """Return v: of mean zero in each batch, for what the cells of a batch share is the batch's."""
         if self.batch_embedding is None:
             return self.cell_embedding
-        is_of = nn.functional.one_hot(self.own_batch, len(self.batch_embedding)).to(self.cell_embedding)
+        is_of = indicators(self.own_batch, len(self.batch_embedding)).to(self.cell_embedding)
         means = (is_of.T @ self.cell_embedding) / is_of.sum(0).unsqueeze(1)
         return self.cell_embedding - means[self.own_batch]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyrocell.nn.accessibility import DepthEncoder, RegionDecoder, RegionEncoder
 from pyrocell.nn.adversary import Adversary, reverse_gradient
 from pyrocell.nn.classifier import Classifier
-from pyrocell.nn.covariates import Covariates, InjectedLinear
+from pyrocell.nn.covariates import Covariates, InjectedLinear, indicators
 from pyrocell.nn.decoders import DecoderOutput, ProfileDecoder
 from pyrocell.nn.dna import DnaTower
 from pyrocell.nn.effects import LinearEffects
@@ -36,6 +36,7 @@ __all__ = [
     "RegionEncoder",
     "SkipDecoder",
     "divided_difference",
+    "indicators",
     "induction",
     "repression",
     "reverse_gradient",

@@ -12,7 +12,25 @@ from torch.nn import functional
 
 from pyrocell.nn.products import linear
 
-__all__ = ["Covariates", "InjectedLinear", "gather_codes"]
+__all__ = ["Covariates", "InjectedLinear", "gather_codes", "indicators"]
+
+
+def indicators(codes: Tensor, n_levels: int) -> Tensor:
+    """Say of each level whether it is a cell's: `torch.nn.functional.one_hot`, which first reads the codes, as bool.
+
+    Parameters
+    ----------
+    codes
+        Whole numbers from 0 to ``n_levels - 1``, shape (...). Others, which the schema refuses, are no level's.
+    n_levels
+        Number of levels.
+
+    Returns
+    -------
+    Tensor
+        Shape (..., n_levels).
+    """
+    return codes.unsqueeze(-1) == torch.arange(n_levels, device=codes.device)
 
 
 @dataclass(frozen=True)

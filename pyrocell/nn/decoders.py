@@ -70,7 +70,10 @@ class DecoderOutput:
         """
         if self.logits is None:
             return self.log_rho + log_size
-        return SoftmaxMean(self.logits, log_size, log_rho=lambda: self.log_rho)
+        return SoftmaxMean(self.logits, log_size, log_rho=self._log_rho)
+
+    def _log_rho(self) -> Tensor:
+        return self.log_rho
 
 
 class ProfileDecoder(nn.Module):

@@ -16,9 +16,6 @@ from pyrocell.distributions import NonZeros
 
 __all__ = ["linear"]
 
-_DENSEST = 0.25
-"""Fraction of non-zeros up to which they alone are read; a dense product takes over between 0.4 and 0.6."""
-
 _LARGE = 2**22
 """Multiplications from which oneDNN's start-up is repaid."""
 
@@ -63,7 +60,7 @@ def _nonzeros(x: Tensor) -> NonZeros | None:
     if x.ndim != 2 or x.requires_grad:
         return None
     nonzeros = NonZeros.known(x)
-    return nonzeros if nonzeros is not None and len(nonzeros) <= _DENSEST * x.numel() else None
+    return nonzeros if nonzeros is not None and nonzeros.are_few else None
 
 
 class _LinearOfCounts(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrocell.nn.covariates import Covariates, InjectedLinear, gather_codes
+from pyrocell.nn.covariates import Covariates, InjectedLinear, gather_codes, indicators
 from pyrocell.nn.decoders import ProfileDecoder
 from pyrocell.nn.features import FeatureLinear
 from pyrocell.nn.mlp import MLP
@@ -176,7 +176,7 @@ class ProteinDecoder(nn.Module):
         """
         donors = self.donors()
         rows = table.take_along_dim(donors.expand(table.shape), dim=-2)
-        chosen = functional.one_hot(batch, len(donors)).to(table.dtype)
+        chosen = indicators(batch, len(donors)).to(table.dtype)
         return (chosen.unsqueeze(-2) @ rows).squeeze(-2)
 
     def background(

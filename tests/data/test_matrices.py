@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
 from pyrocell.data import matrices
 from pyrocell.data.matrices import open_matrix
@@ -31,12 +32,56 @@ def check(reader, truth, rows=ROWS):
     assert (entries.values != 0).all()
     np.testing.assert_array_equal(dense_of(entries, (len(rows), reader.n_cols)), truth[rows])
     np.testing.assert_array_equal(entries.totals(len(rows)), truth[rows].sum(1))
+    index = reader.nonzeros(rows)
+    assert (index.cols.dtype, index.bounds.dtype, index.n_rows) == (torch.int64, torch.int64, len(rows))
+    np.testing.assert_array_equal(index.dense().numpy(), truth[rows])
+    np.testing.assert_array_equal(index.totals(), truth[rows].sum(1))
+    only = np.arange(len(rows)) % 2 == 0
+    np.testing.assert_array_equal(index.only_rows(only).dense().numpy(), truth[rows] * only[:, None])
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [*COMBINATIONS, ("dense", "bool"), ("csr_array", "bool")])
 def test_memory(kind, dtype):
     x = COUNTS.astype(dtype)
     check(open_matrix(CONTAINERS[kind](x)), x.astype(np.float32))
+
+
+@pytest.mark.parametrize("data", [">f4", ">f8", "<f2", "float32", "int8", "uint64", "longdouble"])
+@pytest.mark.parametrize("indices", [">i4", "int32", "int64", "int16"])
+def test_numbers_of_any_kind(data, indices):
+    x = sp.csr_matrix(COUNTS)
+    x.data, x.indices = x.data.astype(data), x.indices.astype(indices)
+    x.data.flags.writeable = False
+    check(matrices._Sparse(x, None), COUNTS)
+
+
+def spoil_data(x):
+    x.data = x.data[:-5]
+
+
+def spoil_order(x):
+    x.indices[x.indptr[7] : x.indptr[8]] = x.indices[x.indptr[7] : x.indptr[8]][::-1].copy()
+
+
+def spoil_column(x):
+    x.indices[x.indptr[24]] = 99
+
+
+def spoil_negative(x):
+    x.indices[x.indptr[7]] = -1
+
+
+def spoil_rows(x):
+    x.indptr[8] = x.indptr[7] - 1
+
+
+@pytest.mark.parametrize("spoil", [spoil_data, spoil_order, spoil_column, spoil_negative, spoil_rows])
+def test_a_matrix_that_changes_under_the_reader(spoil):
+    x = sp.csr_matrix(np.maximum(COUNTS, 1))
+    reader = open_matrix(x)
+    spoil(x)
+    with pytest.raises(DataError, match="has changed since it was set up"):
+        reader.nonzeros(ROWS)
 
 
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")

@@ -314,6 +314,35 @@ def test_replace():
         EXPECTED.replace(bach=0)
 
 
+def test_counts_that_somebody_wrote_to_are_those_that_count():
+    cells = open_data(ADATA).cells(ROWS)
+    assert isinstance(cells.as_read("counts"), NonZeros)
+    kind, _ = cells.parts()
+    cells.counts.mul_(2.0)
+    assert cells.as_read("counts") is cells.counts
+    assert torch.equal(cells.of_parts(cells.parts()[1]).counts, cells.counts)
+    assert cells.parts()[0] != kind
+    assert torch.equal(cells.replace(n_total=5).counts, cells.counts)
+    cells.counts = torch.zeros(6, 12)
+    assert cells.as_read("counts").sum() == 0
+
+
+def test_dense_counts_are_made_once_for_all_who_share_them():
+    cells = open_data(ADATA).cells(ROWS)
+    other = cells.replace(n_total=5)
+    assert other.counts is cells.counts
+
+
+def test_cells_of_parts_are_those_cells():
+    cells = open_data(ADATA, **SETUP).cells(ROWS)
+    kind, parts = cells.parts()
+    again = cells.of_parts(parts)
+    assert again.parts()[0] == kind
+    for name in cells.names():
+        a, b = getattr(cells, name), getattr(again, name)
+        assert a is b is None or torch.equal(a, b), name
+
+
 def test_an_attribute_that_is_not_there():
     cells = open_data(ADATA, {"counts": Counts()}).cells(ROWS)
     with pytest.raises(AttributeError, match=r"no 'batch'; they have counts, library. Declare it as a field"):
@@ -332,7 +361,7 @@ def test_to_a_device():
 
 def test_counts_become_dense_on_the_device():
     counts = open_data(ADATA).cells(ROWS).counts
-    there = _dense_on("cpu", counts.shape, NonZeros.of(counts))
+    there = _dense_on("cpu", NonZeros.of(counts))
     assert there is not counts
     assert torch.equal(there, counts)
 

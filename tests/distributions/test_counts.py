@@ -105,3 +105,11 @@ def test_log1p_counts(dtype: torch.dtype) -> None:
     x = sparse_counts(dtype)
     expected = torch.log1p(x if x.is_floating_point() else x.float())
     torch.testing.assert_close(log1p_counts(x), expected, rtol=0, atol=0)
+
+
+def test_an_index_of_other_counts_is_refused():
+    index = NonZeros.of(torch.eye(3))
+    with pytest.raises(ValueError, match="3 rows of 3"):
+        index.attach_to(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="3 rows of 3"):
+        index.attach_to(torch.zeros(9, 1))

@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_rand_score, roc_auc_score, silhouette_score
 import pyrocell
 from pyrocell import PEAKVI, DifferentialOptions, TrainingPlan
 from pyrocell.data import prototype_cells
-from pyrocell.distributions import NonZeros
+from pyrocell.distributions import NonZeros, counts
 from pyrocell.errors import PyrocellWarning, QueryError, SetupError
 from pyrocell.nn import products
 
@@ -130,7 +130,7 @@ def test_the_first_layers_read_ones_alone(monkeypatch):
         return found
 
     monkeypatch.setattr(products, "_nonzeros", spy)
-    monkeypatch.setattr(products, "_DENSEST", 1.0)
+    monkeypatch.setattr(counts, "_FEW", 1.0)
     cells = next(model.dataset.minibatches(None, 32))
     assert NonZeros.known(cells.accessibility) is not None
     with model.running():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyrocell.distributions import NonZeros, log1p_counts
+from pyrocell.distributions import NonZeros, attach_nonzeros, log1p_counts
 from pyrocell.nn import products
 from pyrocell.nn.products import linear
 
@@ -40,7 +40,7 @@ def parameters() -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("transform", [lambda x: x, log1p_counts], ids=["counts", "log1p"])
 def test_counts_are_read_at_their_non_zeros(counts, transform, monkeypatch):
-    NonZeros.of(counts)
+    attach_nonzeros(counts, *counts.nonzero(as_tuple=True), counts[counts != 0])
     x = transform(counts)
     weight, bias, grad = parameters()
     out = linear(x, weight, bias)
@@ -57,10 +57,12 @@ def test_counts_are_read_at_their_non_zeros(counts, transform, monkeypatch):
 
 def test_dense_counts_take_the_dense_way(counts):
     dense = counts + 1
-    NonZeros.of(dense)
+    attach_nonzeros(dense, *dense.nonzero(as_tuple=True), dense.flatten())
     assert products._nonzeros(dense) is None
     assert products._nonzeros(counts) is None  # nobody knows where its non-zeros lie
     NonZeros.of(counts)
+    assert products._nonzeros(counts) is None  # nor how many there were when they were read
+    attach_nonzeros(counts, *counts.nonzero(as_tuple=True), counts[counts != 0])
     assert products._nonzeros(counts) is not None
     counts[0, 1] = 5  # the index is out of date
     assert products._nonzeros(counts) is None
