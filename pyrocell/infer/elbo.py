@@ -7,7 +7,7 @@ clipping thresholds and weight decay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -84,6 +84,17 @@ class ElboTerms:
         self.sites |= extra
         self.loss = sum(extra.values(), self.loss)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is known, in a fixed order."""
+        return [self.loss, self.reconstruction, self.kl_local, self.kl_global, *self.sites.values()]
+
+    def of_tensors(self, tensors: Sequence[torch.Tensor]) -> ElboTerms:
+        """Return terms of the same names that hold other tensors, given in the order of `tensors`."""
+        loss, reconstruction, kl_local, kl_global, *rest = tensors
+        sites = dict(zip(self.sites, rest, strict=True))
+        extra = {name: sites[name] for name in self.extra}
+        return ElboTerms(loss, reconstruction, kl_local, kl_global, sites, extra)
+
     def totals(self, extra: Iterable[str] = ()) -> torch.Tensor:
         """Reconstruction, local and global KL, then the extra terms named, each summed over the cells."""
         n_cells = len(self.reconstruction)
@@ -104,6 +115,8 @@ class Elbo:
     extra_terms
         Given the cells and the sites of the guide, returns named scalars to add to the loss, each an average over
         the minibatch with its weight applied.
+    owner
+        What the programs belong to, beside the module: its Python values must not change in a step that is recorded.
 
     Notes
     -----
@@ -123,8 +136,9 @@ class Elbo:
         *,
         max_plate_nesting: int = 1,
         extra_terms: ExtraTerms | None = None,
+        owner: object = None,
     ) -> None:
-        self.model, self.guide = model, guide
+        self.model, self.guide, self.owner = model, guide, owner
         self.max_plate_nesting = max_plate_nesting
         self.extra_terms = extra_terms
         self._analytic: dict[str, bool] | None = None

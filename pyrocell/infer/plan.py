@@ -70,8 +70,10 @@ class TrainingPlan:
         ``"float32"``, ``"tfloat32"`` (on CUDA alone, not for gradients) or ``"bfloat16"`` for the networks' matrix
         products; likelihoods are always float32.
     record_step
-        On CUDA, record the training step once as a graph and replay it, where the optimizer and the model allow that;
-        without it a step spends most of its time on starting small computations.
+        Record the training step once and replay it, where the model (on CUDA, the optimizer too) allows that: on CUDA
+        as a graph, on the CPU as a list of torch's operations, which gives the same bits. Otherwise Pyro and autograd
+        take about as long as the arithmetic of a small network. Model and guide do not run in steps that are replayed:
+        switch it off to watch them.
     checkpoint
         Folder that holds the newest state, written every ``checkpoint_every`` epochs; `train` goes on from it
         with ``resume=``. One that holds the checkpoint of another training is refused.

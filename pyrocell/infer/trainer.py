@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pyrocell.errors import TrainingError
 from pyrocell.infer.capture import StepGraphs, can_be_recorded
 from pyrocell.infer.checkpoint import Progress, leave_checkpoint, write_checkpoint
 from pyrocell.infer.elbo import Elbo, Population
@@ -22,6 +21,7 @@ from pyrocell.infer.progress import ProgressBar
 from pyrocell.infer.schedule import Decay, make_plateau
 from pyrocell.infer.streams import RandomStream, seeded
 from pyrocell.infer.tally import Tally
+from pyrocell.infer.tape import PlainStep, TapedStep
 
 __all__ = ["Trainer"]
 
@@ -90,6 +90,10 @@ class Trainer:
         self.tally = Tally(self.device)
         recorded = plan.record_step and can_be_recorded(self.optimizer)
         self.graphs = StepGraphs(elbo, self.optimizer, self.guard, self.tally) if recorded else None
+        plain = PlainStep(elbo, lambda: plan.products(self.device), self.device)
+        taped = plan.record_step and self.device.type == "cpu"
+        self.evaluate = TapedStep(plain, module, self.guard.undo) if taped else plain
+        self.n_steps = max_epochs * steps_per_epoch
         self.last_finite = self.snapshot()
         self.best_state: dict[str, torch.Tensor] | None = None
         self.interruption, self.order_of_epoch = Interruption(), shuffle.bit_generator.state
@@ -165,13 +169,7 @@ class Trainer:
     def _step(self, cells: Population, weight: float) -> None:
         """Take one step, or skip it because the loss or a gradient is not finite."""
         self.guard.remember()
-        with self.plan.products(self.device):
-            terms = self.elbo(cells, weight, with_extra=True)
-        if not terms.loss.requires_grad:
-            raise TrainingError(
-                "The loss depends on no parameter; give the model or its guide something to learn."
-            )
-        terms.loss.backward()
+        terms = self.evaluate(cells, weight, self.n_steps - self.progress.step)
         if not self.guard.is_finite(terms.loss):
             self.guard.undo()
             self.tally.skip()

@@ -178,8 +178,7 @@ class ModelCore(metaclass=ModelMeta):
         names = () if self.dataset is None else self.dataset.obs_names
         self.cell_names = list(names) if self.has_local_parameters else []
         with pyro.validation_enabled(True), torch.no_grad():
-            elbo = self.elbo()
-            elbo(cells, with_extra=True)
+            (elbo := self.elbo())(cells, with_extra=True)
         self._classes_of_model_alone = elbo.has_classes_of_model_alone
 
     def _has_latents(self, cells: Cells) -> bool:
@@ -195,6 +194,7 @@ class ModelCore(metaclass=ModelMeta):
             self._guide_program(),
             max_plate_nesting=self.max_plate_nesting,
             extra_terms=getattr(self, "extra_terms", None),
+            owner=self,
         )
 
     def drawer(self) -> Drawer:

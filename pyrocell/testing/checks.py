@@ -23,7 +23,7 @@ from pyrocell.testing.cases import ModelCase
 from pyrocell.testing.containers import parts_of, read_backed, with_parts, write
 from pyrocell.testing.isolation import check_interleaved, check_life, check_reload
 from pyrocell.testing.questions import is_answer
-from pyrocell.testing.recovery import check_bad_step, check_resume
+from pyrocell.testing.recovery import check_bad_step, check_resume, check_tapes
 from pyrocell.testing.trust import TRUST_FUNCTIONS
 
 if TYPE_CHECKING:
@@ -280,6 +280,7 @@ CHECK_FUNCTIONS: dict[str, Callable[[ModelCase], None]] = {
     "models trained in turn equal each alone": check_interleaved,
     "a step that is not finite leaves no trace": check_bad_step,
     "an interrupted training resumes to the bit": check_resume,
+    "steps from a tape are the plain ones to the bit": check_tapes,
     "untrained models do not answer": _check_untrained,
     "verbs follow roles": _check_verbs,
     "queries are mapped without moving the reference": _check_mapping,

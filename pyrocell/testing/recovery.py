@@ -1,4 +1,4 @@
-"""Promises about training that does not go as planned: a step that is not finite, and a request to end."""
+"""Promises about training that goes another way: a step that is not finite, a request to end, steps from a tape."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pyrocell.infer.tape import recorded_at_once
 from pyrocell.testing.asking import assert_same, state_of
 from pyrocell.testing.questions import difference
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pyrocell.models.base import CellModel
     from pyrocell.testing.cases import ModelCase
 
-__all__ = ["check_bad_step", "check_resume"]
+__all__ = ["check_bad_step", "check_resume", "check_tapes"]
 
 
 def check_bad_step(case: ModelCase) -> None:
@@ -107,3 +108,22 @@ def _watch(model: CellModel, change: Callable[[int, torch.Tensor], torch.Tensor]
 
     parameter.register_hook(hook)
     return name, seen
+
+
+def check_tapes(case: ModelCase) -> None:
+    """Train with and without `TrainingPlan(record_step=True)`.
+
+    Parameters
+    ----------
+    case
+        The model and its data.
+
+    Raises
+    ------
+    AssertionError
+        If the two differ in a bit.
+    """
+    plans = [replace(case.model_class.default_plan, record_step=record) for record in (False, True)]
+    with recorded_at_once():
+        plain, taped = (case.train(case.make(), 2, plan=plan) for plan in plans)
+    assert_same(state_of(plain), state_of(taped))
