@@ -92,7 +92,7 @@ class _OnePair(argparse.Namespace):
 
 def ratios(case: Case, sides: list[Side], options: argparse.Namespace) -> dict[str, float]:
     """Measure every ratio; medians over the pairs."""
-    told = _runs.job(options, stages=STAGES, epochs=3, inner=5)
+    told = _runs.job(options, stages=STAGES, epochs=40, inner=5)
     values: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     began = time.monotonic()
     for repeat in range(options.repeats):

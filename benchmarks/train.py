@@ -54,7 +54,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--case",
         help=f"comma-separated, of {', '.join(SIMULATED)}, kang, pbmc_sorted; default all that are found",
     )
-    parser.add_argument("--epochs", type=int, help="epochs that are timed; default 4, with --quick 2")
+    parser.add_argument("--epochs", type=int, help="epochs that are timed; default 10, with --quick 2")
     return _runs.finish(parser.parse_args(arguments))
 
 
@@ -80,7 +80,7 @@ def _show(targets: dict[str, float | None], name: str, _: Case, found: dict[str,
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; the exit status is 1 when a worker failed."""
     options = _options(arguments)
-    chosen, epochs = _cases(options), options.epochs or (2 if options.quick else 4)
+    chosen, epochs = _cases(options), options.epochs or (2 if options.quick else 10)
     with tempfile.TemporaryDirectory() as folder:
         cases: dict[str, Any] = {}
         for name, case in chosen.items():
