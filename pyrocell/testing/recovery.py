@@ -111,18 +111,7 @@ def _watch(model: CellModel, change: Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def check_tapes(case: ModelCase) -> None:
-    """Train with and without `TrainingPlan(record_step=True)`.
-
-    Parameters
-    ----------
-    case
-        The model and its data.
-
-    Raises
-    ------
-    AssertionError
-        If the two differ in a bit.
-    """
+    """Train with and without tapes: parameters and running statistics agree to the bit."""
     plans = [replace(case.model_class.default_plan, record_step=record) for record in (False, True)]
     with recorded_at_once():
         plain, taped = (case.train(case.make(), 2, plan=plan) for plan in plans)
