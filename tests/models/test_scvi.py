@@ -396,7 +396,8 @@ class NegatedInflation(SCVI):
     """Defect: the logit of dropping out is taken for that of not dropping out."""
 
     def _likelihood(self, cells, out, log_size):
-        return super()._likelihood(cells, out._replace(zi_logits=-out.zi_logits), log_size)
+        out.zi_logits = -out.zi_logits
+        return super()._likelihood(cells, out, log_size)
 
 
 def inflation_auc(model, adata):
