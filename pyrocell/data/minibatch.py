@@ -116,6 +116,11 @@ class Cells:
         is_changed = dense is not None and NonZeros.known(dense) is None  # somebody has written to it
         return dense if is_changed else self._sparse[name]
 
+    def as_input(self, name: str) -> Any:
+        """Return what a network reads fastest: the index of an attribute's non-zeros where these are few, else all."""
+        value = self.as_read(name)
+        return getattr(self, name) if isinstance(value, NonZeros) and not value.are_few else value
+
     def parts(self) -> tuple[Hashable, list[Tensor]]:
         """Return all tensors, those of indices of non-zeros among them, and what else there is to know: their kind.
 

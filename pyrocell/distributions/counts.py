@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyrocell.distributions.operators import as_operator
 from pyrocell.distributions.rows import bounds_of_rows, ordered_by_column
@@ -108,6 +109,8 @@ class NonZeros:
     Notes
     -----
     That entries are in order and inside of the counts is not checked here, and loops rely on it: `of_entries` checks.
+
+    Functions of torch take an index as the dense counts, so that a network of one's own need not know of it.
     """
 
     def __init__(
@@ -140,6 +143,14 @@ class NonZeros:
     def __len__(self) -> int:
         """Give the number of non-zero entries."""
         return self.cols.numel()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch with dense counts in place of indices."""
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     @classmethod
     def known(cls, x: Tensor) -> NonZeros | None:
@@ -285,19 +296,25 @@ def attach_nonzeros(x: Tensor, rows: Any, cols: Any, values: Any) -> Tensor:
     return NonZeros.of_entries(rows, cols, values, n_rows=n_rows, n_columns=n_columns).attach_to(x)
 
 
-def log1p_counts(x: Tensor) -> Tensor:
-    """Compute log(1 + x) of dense counts; on the CPU, at non-zeros only, whose index is kept on the result.
+@overload
+def log1p_counts(x: Tensor) -> Tensor: ...
+@overload
+def log1p_counts(x: NonZeros) -> NonZeros: ...
+def log1p_counts(x: Tensor | NonZeros) -> Tensor | NonZeros:
+    """Compute log(1 + x) of counts; on the CPU, at non-zeros only, whose index is kept on the result.
 
     Parameters
     ----------
-    x : Tensor
-        Counts, shape (..., n_columns).
+    x : Tensor or NonZeros
+        Counts, shape (..., n_columns), or the index of their non-zeros.
 
     Returns
     -------
-    Tensor
-        Dense, same shape; float32 for whole-number dtypes.
+    Tensor or NonZeros
+        As given: dense, same shape, float32 for whole-number dtypes; or an index of float32 values.
     """
+    if isinstance(x, NonZeros):
+        return x.with_values(torch.log1p(x.values.to(torch.get_default_dtype())))
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     if x.device.type != "cpu":
         return torch.log1p(x.to(dtype))

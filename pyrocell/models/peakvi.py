@@ -180,7 +180,7 @@ class PEAKVI(CellModel):
     def guide(self, cells: Cells) -> None:
         """Infer the latent from the regions seen open."""
         with self.plate(cells):
-            self._latent(self.encoder(cells.accessibility, *self._seen_covariates(cells)))
+            self._latent(self.encoder(cells.as_input("accessibility"), *self._seen_covariates(cells)))
 
     def _latent(self, distribution: TorchDistribution) -> torch.Tensor:
         """Draw z; the logistic-normal one is a softmax of the Gaussian site ``w``, whose KL is exact."""
@@ -192,7 +192,9 @@ class PEAKVI(CellModel):
         """Logit of the chance that an open region is seen in each cell, shape (B, 1)."""
         if self.depth_encoder is None:
             return None
-        logits: torch.Tensor = self.depth_encoder(cells.accessibility, *self._seen_covariates(cells))
+        logits: torch.Tensor = self.depth_encoder(
+            cells.as_input("accessibility"), *self._seen_covariates(cells)
+        )
         return logits
 
     def _region_factor(self) -> torch.Tensor:

@@ -221,9 +221,10 @@ class SCVI(CellModel):
             if self.encode_covariates
             else ()
         )
-        z = self._latent(self.encoder(cells.counts, *seen))
+        counts = cells.as_input("counts")
+        z = self._latent(self.encoder(counts, *seen))
         if self.latent_library:
-            departure = self.library_encoder(cells.counts, *seen).base_dist
+            departure = self.library_encoder(counts, *seen).base_dist
             library = Normal(departure.loc + cells.library.log(), departure.scale)
             pyro.sample("library", library.to_event(1), infer=NO_WARMUP)
         return z

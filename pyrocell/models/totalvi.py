@@ -244,7 +244,9 @@ class TOTALVI(JointExpression, CellModel):
             proteins = proteins * torch.rand_like(cells.library).ge(_BLINDFOLDED)
         beside = torch.cat([cells.continuous_covariates, proteins], dim=-1)
         with self.plate(cells):
-            posterior = self.encoder(cells.counts, cells.batch, cells.categorical_covariates, beside)
+            posterior = self.encoder(
+                cells.as_input("counts"), cells.batch, cells.categorical_covariates, beside
+            )
             z = pyro.sample("z", posterior)
             background = Normal(*self.protein_decoder.background(z, *_covariates(cells)))
             pyro.sample("log_beta", background.mask(cells.proteins_mask).to_event(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from pyrocell.distributions import NonZeros
 from pyrocell.nn.covariates import Covariates, gather_codes
 from pyrocell.nn.encoders import GaussianEncoder
 from pyrocell.nn.features import FeatureLinear
@@ -41,7 +42,7 @@ class DepthEncoder(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | NonZeros,
         batch: Tensor | None = None,
         categorical: Tensor | None = None,
         continuous: Tensor | None = None,

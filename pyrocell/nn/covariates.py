@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrocell.distributions import NonZeros
 from pyrocell.nn.products import linear
 
 __all__ = ["Covariates", "InjectedLinear", "gather_codes", "indicators"]
@@ -174,13 +175,15 @@ class InjectedLinear(nn.Module):
         ]
         return torch.cat([part for part in parts if part is not None], dim=1)
 
-    def forward(self, x: Tensor, codes: Sequence[Tensor] = (), continuous: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | NonZeros, codes: Sequence[Tensor] = (), continuous: Tensor | None = None
+    ) -> Tensor:
         """Transform ``x``; covariates broadcast over its leading dimensions.
 
         Parameters
         ----------
         x
-            Input, shape (..., B, n_in).
+            Input, shape (..., B, n_in), or the index of its non-zeros.
         codes
             One int64 tensor of shape (B,) for each categorical covariate, dropped ones included; may be empty
             when all are dropped.

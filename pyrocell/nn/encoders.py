@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyrocell.distributions import NonZeros
 from pyrocell.nn.covariates import Covariates, gather_codes
 from pyrocell.nn.mlp import MLP
 
@@ -36,7 +37,7 @@ class GaussianEncoder(nn.Module):
     covariates
         The covariates to condition on beside the batch.
     transform
-        Applied to the input first; ``None`` for an input that is ready.
+        Applied to the input first, tensor or index of non-zeros; ``None`` for an input that is ready.
     """
 
     smallest_variance: ClassVar[float] = 1e-4
@@ -54,7 +55,7 @@ class GaussianEncoder(nn.Module):
         batch_norm: bool = True,
         layer_norm: bool = False,
         covariates: Covariates | None = None,
-        transform: Callable[[Tensor], Tensor] | None = torch.log1p,
+        transform: Callable[[Any], Any] | None = torch.log1p,
     ) -> None:
         super().__init__()
         self.n_latent = n_latent
@@ -75,7 +76,7 @@ class GaussianEncoder(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | NonZeros,
         batch: Tensor | None = None,
         categorical: Tensor | None = None,
         continuous: Tensor | None = None,
@@ -85,7 +86,8 @@ class GaussianEncoder(nn.Module):
         Parameters
         ----------
         x
-            Measured features, shape (..., B, n_in); counts, unless built with ``transform=None``.
+            Measured features, shape (..., B, n_in), or the index of their non-zeros (``cells.as_input("counts")``,
+            which saves the dense array); counts, unless built with ``transform=None``.
         batch
             Batch of each cell, int64, shape (B,).
         categorical

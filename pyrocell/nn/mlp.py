@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pyrocell.distributions import NonZeros
 from pyrocell.nn.covariates import Covariates, InjectedLinear
 
 __all__ = ["MLP"]
@@ -39,7 +40,7 @@ class _Layer(nn.Module):
         self.linear = linear
         self.after = nn.Sequential(*after)
 
-    def forward(self, x: Tensor, codes: Sequence[Tensor], continuous: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor | NonZeros, codes: Sequence[Tensor], continuous: Tensor | None) -> Tensor:
         out: Tensor = self.after(self.linear(x, codes, continuous))
         return out
 
@@ -96,13 +97,15 @@ class MLP(nn.Module):
             after += [nn.Dropout(dropout)] if dropout > 0 else []
             self.layers.append(_Layer(linear, after))
 
-    def forward(self, x: Tensor, codes: Sequence[Tensor] = (), continuous: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | NonZeros, codes: Sequence[Tensor] = (), continuous: Tensor | None = None
+    ) -> Tensor:
         """Run the layers.
 
         Parameters
         ----------
         x
-            Input, shape (..., B, n_in).
+            Input, shape (..., B, n_in), or the index of its non-zeros.
         codes
             One int64 tensor of shape (B,) for each categorical covariate; they broadcast over leading axes.
         continuous
@@ -113,9 +116,11 @@ class MLP(nn.Module):
         Tensor
             Shape (..., B, n_out).
         """
-        for layer in self.layers:
-            x = layer(x, codes, continuous)
-        return x
+        first, *others = self.layers
+        out: Tensor = first(x, codes, continuous)
+        for layer in others:
+            out = layer(out, codes, continuous)
+        return out
 
     @property
     def embedding(self) -> Tensor | None:

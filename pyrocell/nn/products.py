@@ -20,7 +20,7 @@ _LARGE = 2**22
 """Multiplications from which oneDNN's start-up is repaid."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor | NonZeros, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute ``x @ weight + bias`` in the precision of the input.
 
     On the CPU, counts that carry the index of their non-zeros are read at these alone, and large products are
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Parameters
     ----------
     x
-        Input, shape (..., n_in).
+        Input, shape (..., n_in), or the index of its non-zeros.
     weight
         Shape (n_in, n_out): one row per input.
     bias
@@ -41,23 +41,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Tensor
         Shape (..., n_out).
     """
-    if x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu"):
-        nonzeros = _nonzeros(x)
-        if nonzeros is not None:
-            counted: Tensor = _LinearOfCounts.apply(nonzeros, weight)
-            return counted + bias
-        if _is_large(x, weight) and weight.is_contiguous() and not _is_intel() and _has_onednn():
-            flat: Tensor = _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
-            return flat.view(*x.shape[:-1], -1)
+    by_torch = weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    nonzeros = None if by_torch else _nonzeros(x, weight.dtype)
+    if nonzeros is not None:
+        counted: Tensor = _LinearOfCounts.apply(nonzeros, weight)
+        return counted + bias
+    if isinstance(x, NonZeros):
+        x = x.dense(weight.dtype)
+    if not by_torch and _is_large(x, weight) and not _is_intel() and _has_onednn():
+        flat: Tensor = _OneDnnLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+        return flat.view(*x.shape[:-1], -1)
     return functional.linear(x, weight.T, bias)
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() * weight.shape[1] >= _LARGE
+    fits = x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
+    return fits and x.numel() * weight.shape[1] >= _LARGE
 
 
-def _nonzeros(x: Tensor) -> NonZeros | None:
-    if x.ndim != 2 or x.requires_grad:
+def _nonzeros(x: Tensor | NonZeros, dtype: torch.dtype) -> NonZeros | None:
+    if isinstance(x, NonZeros):
+        return x if x.are_few else None
+    if x.ndim != 2 or x.requires_grad or x.dtype != dtype or x.device.type != "cpu":
         return None
     nonzeros = NonZeros.known(x)
     return nonzeros if nonzeros is not None and nonzeros.are_few else None

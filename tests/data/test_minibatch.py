@@ -327,6 +327,16 @@ def test_counts_that_somebody_wrote_to_are_those_that_count():
     assert cells.as_read("counts").sum() == 0
 
 
+@pytest.mark.parametrize(("n_seen", "kind"), [(1, NonZeros), (11, torch.Tensor)])
+def test_a_network_reads_few_counts_as_their_non_zeros(n_seen, kind):
+    counts = sp.csr_matrix((np.add.outer(np.arange(30), np.arange(12)) % 12 < n_seen) * 1.0)
+    cells = open_data(anndata.AnnData(counts)).cells(ROWS)
+    assert isinstance(cells.as_input("counts"), kind)
+    assert torch.equal(torch.clone(cells.as_input("counts")), cells.counts)
+    cells.counts.mul_(2.0)
+    assert cells.as_input("counts") is cells.counts, "somebody wrote to the dense counts"
+
+
 def test_dense_counts_are_made_once_for_all_who_share_them():
     cells = open_data(ADATA).cells(ROWS)
     other = cells.replace(n_total=5)

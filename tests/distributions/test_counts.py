@@ -107,6 +107,22 @@ def test_log1p_counts(dtype: torch.dtype) -> None:
     torch.testing.assert_close(log1p_counts(x), expected, rtol=0, atol=0)
 
 
+def test_log1p_of_an_index_is_an_index():
+    x = sparse_counts()
+    logs = log1p_counts(NonZeros.of(x))
+    assert isinstance(logs, NonZeros)
+    assert torch.equal(logs.dense(), torch.log1p(x))
+
+
+def test_functions_of_torch_take_an_index_as_dense_counts():
+    x, weight = sparse_counts(), torch.randn(sparse_counts().shape[1], 3)
+    index = NonZeros.of(x)
+    assert torch.equal(torch.log1p(index), torch.log1p(x))
+    assert torch.equal(torch.cat([index, x]), torch.cat([x, x]))
+    assert torch.equal(torch.nn.functional.linear(index, weight.T), x @ weight)
+    assert torch.equal(index @ weight, x @ weight)
+
+
 def test_an_index_of_other_counts_is_refused():
     index = NonZeros.of(torch.eye(3))
     with pytest.raises(ValueError, match="3 rows of 3"):

@@ -20,6 +20,7 @@ from scipy import sparse
 import pyrocell
 from pyrocell import PEAKVI, SCVI, TOTALVI, VELOVI
 from pyrocell.data import Layer, Obsm, Zarr, synthetic_iid
+from pyrocell.distributions import NonZeros
 from pyrocell.errors import QueryError
 from pyrocell.models import asking
 from tests.models import peak_memory
@@ -130,6 +131,33 @@ def test_draws_of_any_site_go_into_any_sink(fitted, tmp_path, site, n_samples):
 
     found = in_all_sinks(ask, tmp_path)
     assert found.ndim == (2 if n_samples == 1 else 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ask"),
+    [
+        (SCVI, lambda model: model.get_normalized_expression(gene_list=["gene_1"])),
+        (PEAKVI, lambda model: model.get_normalized_accessibility(region_list=["gene_1"])),
+    ],
+    ids=["SCVI", "PEAKVI"],
+)
+def test_queries_make_no_dense_array_of_few_counts(kind, ask, monkeypatch):
+    adata = synthetic_iid(n_cells=200, n_genes=40, seed=1)
+    adata.X = sparse.csr_matrix((np.add.outer(np.arange(200), np.arange(40)) % 8 == 0).astype(np.float32))
+    kind.setup_anndata(adata)
+    model = kind(adata)
+    model.train(1)
+    n_dense, plain = [], NonZeros.dense
+
+    def dense(self, *dtype):
+        n_dense.append(self.n_rows)
+        return plain(self, *dtype)
+
+    monkeypatch.setattr(NonZeros, "dense", dense)
+    for question in (kind.get_latent_representation, ask):
+        n_dense.clear()
+        assert np.isfinite(np.asarray(question(model))).all()
+        assert sum(n_dense) <= 64, "a few cells are looked at, to see whether they are those of before"
 
 
 def test_some_cells_in_another_order(fitted, tmp_path):

@@ -55,17 +55,33 @@ def test_counts_are_read_at_their_non_zeros(counts, transform, monkeypatch):
     torch.testing.assert_close(bias.grad.double(), bias_grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("are_few", [True, False])
+def test_an_index_gives_what_its_counts_give(counts, are_few):
+    attach_nonzeros(counts, *counts.nonzero(as_tuple=True), counts[counts != 0])
+    index = NonZeros.of(counts)
+    index.are_few = are_few
+    weight, bias, grad = parameters()
+    gradients = []
+    for x in (counts, index):
+        out = linear(x, weight, bias)
+        gradients.append([out, *torch.autograd.grad(out, [weight, bias], grad)])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(index, weight, bias), linear(counts, weight, bias))
+
+
 def test_dense_counts_take_the_dense_way(counts):
     dense = counts + 1
     attach_nonzeros(dense, *dense.nonzero(as_tuple=True), dense.flatten())
-    assert products._nonzeros(dense) is None
-    assert products._nonzeros(counts) is None  # nobody knows where its non-zeros lie
+    assert products._nonzeros(dense, dense.dtype) is None
+    assert products._nonzeros(counts, counts.dtype) is None  # nobody knows where its non-zeros lie
     NonZeros.of(counts)
-    assert products._nonzeros(counts) is None  # nor how many there were when they were read
+    assert products._nonzeros(counts, counts.dtype) is None  # nor how many there were when they were read
     attach_nonzeros(counts, *counts.nonzero(as_tuple=True), counts[counts != 0])
-    assert products._nonzeros(counts) is not None
+    assert products._nonzeros(counts, counts.dtype) is not None
     counts[0, 1] = 5  # the index is out of date
-    assert products._nonzeros(counts) is None
+    assert products._nonzeros(counts, counts.dtype) is None
 
 
 @pytest.mark.parametrize("leading", [(), (3,)])
