@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,6 +26,7 @@ from pyrocell.distributions.gamma import large_log_rising
 from pyrocell.distributions.operators import as_operator
 from pyrocell.distributions.shapes import aligned
 from pyrocell.distributions.softmax_mean import SoftmaxMean
+from pyrocell.distributions.threads import in_parts
 
 __all__ = [
     "LOG_RATIO_LIMIT",
@@ -82,13 +84,7 @@ def _operator_of(loop: Callable[..., None]) -> Callable[..., list[Tensor]]:
         value = like.new_empty(row if sum_last else like.shape)
         sums = like.new_empty(like.shape[:-1] if sum_last else (0, 0))
         slopes = [like.new_empty(like.shape if learns else row) for _ in parameters]
-        loop(
-            (bounds.numpy(), cols.numpy(), values.to(torch.float64).numpy()),
-            tuple(parameter.detach().numpy() for parameter in parameters),
-            value.numpy(),
-            sums.numpy(),
-            tuple(slope.numpy() for slope in slopes),
-        )
+        _run(loop, (bounds, cols, values), parameters, [value, sums], slopes)
         return [sums if sum_last else value, *(slopes if learns else [])]
 
     arguments = (
@@ -111,16 +107,40 @@ def _operator_of_softmax(loop: Callable[..., None]) -> Callable[..., list[Tensor
         sums, in_size = like.new_empty(like.shape[:-1]), like.new_empty((*like.shape[:-1], 1))
         slopes = [like.new_empty(like.shape if learns else (1, 1, like.shape[-1])) for _ in parameters]
         slopes[1] = in_size
-        loop(
-            (bounds.numpy(), cols.numpy(), values.to(torch.float64).numpy()),
-            tuple(parameter.detach().numpy() for parameter in parameters),
-            sums.numpy(),
-            tuple(slope.numpy() for slope in slopes),
-        )
+        _run(loop, (bounds, cols, values), parameters, [sums], slopes)
         return [sums, *(slopes if learns else [])]
 
     arguments = "Tensor bounds, Tensor cols, Tensor values, Tensor[] parameters, *, bool learns"
     return as_operator(f"{loop.__name__}({arguments}) -> Tensor[]", score)
+
+
+def _run(
+    loop: Callable[..., None],
+    index: tuple[Tensor, Tensor, Tensor],
+    parameters: Sequence[Tensor],
+    results: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+) -> None:
+    """Run a loop on threads, by samples or by the rows of the only one, each writing to places of its own."""
+    bounds, cols, values = (part.numpy() for part in (*index[:2], index[2].to(torch.float64)))
+    read, written, learned = ([x.detach().numpy() for x in xs] for xs in (parameters, results, slopes))
+    axis = (
+        0 if len(read[0]) > 1 else 1
+    )  # so that parts are C-contiguous, too: others would be compiled for anew
+    n = read[0].shape[axis]
+
+    def work(start: int, stop: int) -> None:
+        def part(x: np.ndarray) -> np.ndarray:
+            return x if x.shape[axis] != n else x[start:stop] if axis == 0 else x[:, start:stop]
+
+        def own(x: np.ndarray) -> np.ndarray:
+            return part(x) if x.shape[axis] == n else np.empty_like(x)  # a row that nobody asked for
+
+        of_rows = bounds if axis == 0 else bounds[start : stop + 1]
+        outcome = (*map(own, written), tuple(map(own, learned)))
+        loop((of_rows, cols, values), tuple(map(part, read)), *outcome)
+
+    in_parts(work, n, n_numbers=read[0].size)
 
 
 def _negative_binomial_everywhere(counts: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

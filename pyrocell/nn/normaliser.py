@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrocell.distributions.elementary import compiled, exp_of_negative
+from pyrocell.distributions.threads import in_parts
 
 __all__ = ["largest_and_sum"]
 
@@ -80,5 +81,10 @@ def largest_and_sum(x: Tensor) -> tuple[Tensor, Tensor]:
         largest = x.amax(-1, keepdim=True)
         return largest, (x - largest).exp().sum(-1, keepdim=True)
     largest, sums = x.new_empty(len(x), 1), x.new_empty(len(x), 1)
-    _fill(x.detach().numpy(), largest.numpy()[:, 0], sums.numpy()[:, 0])
+    values, outcome = x.detach().numpy(), (largest.numpy()[:, 0], sums.numpy()[:, 0])
+    in_parts(
+        lambda start, stop: _fill(values[start:stop], *(row[start:stop] for row in outcome)),
+        len(x),
+        n_numbers=x.numel(),
+    )
     return largest, sums

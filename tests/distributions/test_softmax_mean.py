@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyrocell.distributions import CountDistribution, NonZeros, SoftmaxMean
+from pyrocell.distributions import CountDistribution, NonZeros, SoftmaxMean, threads
 from pyrocell.distributions.compiled import BLOCK
 from tests.distributions.families import CASES, Case
 
@@ -92,6 +92,19 @@ def test_dispersions_of_any_shape(name: str, theta_shape: tuple[int, ...]) -> No
     given = parameters(20, 300)
     given["log_theta"] = 3.0 * numbers(-1.0, 1.0, *theta_shape, seed=3)
     assert_right(CASES[name], given, counts(20, 300))
+
+
+@pytest.mark.skipif(threads._region() is None, reason="torch's OpenMP was not found")
+@CASE
+@pytest.mark.parametrize("theta_shape", [(300,), (3, 20, 300)], ids=str)
+def test_rows_are_those_of_one_thread(case: Case, theta_shape: tuple[int, ...], monkeypatch) -> None:
+    given = parameters(20, 300, theta_shape)
+    monkeypatch.setattr(threads, "_WORTH", 1)
+    found = rows_and_slopes(case, given, counts(20, 300))
+    monkeypatch.setattr(threads, "_region", lambda: None)
+    plain = rows_and_slopes(case, given, counts(20, 300))
+    for one, other in zip((found[0], *found[1].values()), (plain[0], *plain[1].values()), strict=True):
+        assert torch.equal(one, other)
 
 
 @CASE
