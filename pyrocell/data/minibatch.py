@@ -113,13 +113,23 @@ class Cells:
         if name not in self._sparse or name in self.__dict__:
             return getattr(self, name)
         dense = self._dense.get(name)
-        is_changed = dense is not None and NonZeros.known(dense) is None  # somebody has written to it
-        return dense if is_changed else self._sparse[name]
+        if dense is not None and (dense.requires_grad or NonZeros.known(dense) is None):
+            return dense  # somebody has written to it, or wants its gradient
+        return self._sparse[name]
 
-    def as_input(self, name: str) -> Any:
-        """Return what a network reads fastest: the index of an attribute's non-zeros where these are few, else all."""
+    def as_input(self, name: str, network: Any) -> Any:
+        """Return what a network reads fastest: the index of an attribute's non-zeros where these are few, else all.
+
+        Parameters
+        ----------
+        name
+            Name of the attribute.
+        network
+            Who reads it; an index only if it has a true attribute ``reads_nonzeros``.
+        """
         value = self.as_read(name)
-        return getattr(self, name) if isinstance(value, NonZeros) and not value.are_few else value
+        is_index = isinstance(value, NonZeros) and value.are_few and getattr(network, "reads_nonzeros", False)
+        return value if is_index and not torch.is_autocast_enabled("cpu") else getattr(self, name)
 
     def parts(self) -> tuple[Hashable, list[Tensor]]:
         """Return all tensors, those of indices of non-zeros among them, and what else there is to know: their kind.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from pyrocell.distributions.operators import as_operator
 from pyrocell.distributions.rows import bounds_of_rows, ordered_by_column
@@ -109,8 +108,6 @@ class NonZeros:
     Notes
     -----
     That entries are in order and inside of the counts is not checked here, and loops rely on it: `of_entries` checks.
-
-    Functions of torch take an index as the dense counts, so that a network of one's own need not know of it.
     """
 
     def __init__(
@@ -143,14 +140,6 @@ class NonZeros:
     def __len__(self) -> int:
         """Give the number of non-zero entries."""
         return self.cols.numel()
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Call a function of torch with dense counts in place of indices."""
-        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
 
     @classmethod
     def known(cls, x: Tensor) -> NonZeros | None:
@@ -311,7 +300,7 @@ def log1p_counts(x: Tensor | NonZeros) -> Tensor | NonZeros:
     Returns
     -------
     Tensor or NonZeros
-        As given: dense, same shape, float32 for whole-number dtypes; or an index of float32 values.
+        As given: dense, same shape, float32 for whole-number dtypes; or an index of values of torch's default dtype.
     """
     if isinstance(x, NonZeros):
         return x.with_values(torch.log1p(x.values.to(torch.get_default_dtype())))

@@ -124,10 +124,11 @@ def _run(
     """Run a loop on threads, by samples or by the rows of the only one, each writing to places of its own."""
     bounds, cols, values = (part.numpy() for part in (*index[:2], index[2].to(torch.float64)))
     read, written, learned = ([x.detach().numpy() for x in xs] for xs in (parameters, results, slopes))
-    axis = (
-        0 if len(read[0]) > 1 else 1
-    )  # so that parts are C-contiguous, too: others would be compiled for anew
-    n = read[0].shape[axis]
+    # Along the first dimension that varies, parts are C-contiguous, too: for others, loops would be compiled anew.
+    axis = 0 if len(read[0]) > 1 else 1
+    n = read[0].shape[
+        axis
+    ]  # where it is one, there are no parts; arrays of another length are for all of them
 
     def work(start: int, stop: int) -> None:
         def part(x: np.ndarray) -> np.ndarray:

@@ -180,7 +180,8 @@ class PEAKVI(CellModel):
     def guide(self, cells: Cells) -> None:
         """Infer the latent from the regions seen open."""
         with self.plate(cells):
-            self._latent(self.encoder(cells.as_input("accessibility"), *self._seen_covariates(cells)))
+            seen = cells.as_input("accessibility", self.encoder)
+            self._latent(self.encoder(seen, *self._seen_covariates(cells)))
 
     def _latent(self, distribution: TorchDistribution) -> torch.Tensor:
         """Draw z; the logistic-normal one is a softmax of the Gaussian site ``w``, whose KL is exact."""
@@ -192,9 +193,8 @@ class PEAKVI(CellModel):
         """Logit of the chance that an open region is seen in each cell, shape (B, 1)."""
         if self.depth_encoder is None:
             return None
-        logits: torch.Tensor = self.depth_encoder(
-            cells.as_input("accessibility"), *self._seen_covariates(cells)
-        )
+        seen = cells.as_input("accessibility", self.depth_encoder)
+        logits: torch.Tensor = self.depth_encoder(seen, *self._seen_covariates(cells))
         return logits
 
     def _region_factor(self) -> torch.Tensor:

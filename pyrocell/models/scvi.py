@@ -221,10 +221,9 @@ class SCVI(CellModel):
             if self.encode_covariates
             else ()
         )
-        counts = cells.as_input("counts")
-        z = self._latent(self.encoder(counts, *seen))
+        z = self._latent(self.encoder(cells.as_input("counts", self.encoder), *seen))
         if self.latent_library:
-            departure = self.library_encoder(counts, *seen).base_dist
+            departure = self.library_encoder(cells.as_input("counts", self.library_encoder), *seen).base_dist
             library = Normal(departure.loc + cells.library.log(), departure.scale)
             pyro.sample("library", library.to_event(1), infer=NO_WARMUP)
         return z

@@ -245,7 +245,7 @@ class TOTALVI(JointExpression, CellModel):
         beside = torch.cat([cells.continuous_covariates, proteins], dim=-1)
         with self.plate(cells):
             posterior = self.encoder(
-                cells.as_input("counts"), cells.batch, cells.categorical_covariates, beside
+                cells.as_input("counts", self.encoder), cells.batch, cells.categorical_covariates, beside
             )
             z = pyro.sample("z", posterior)
             background = Normal(*self.protein_decoder.background(z, *_covariates(cells)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from pyrocell.distributions import NonZeros
@@ -32,6 +34,8 @@ class DepthEncoder(nn.Module):
     covariates
         The covariates to condition on, the batch first.
     """
+
+    reads_nonzeros: ClassVar[bool] = True
 
     def __init__(
         self, n_in: int, n_hidden: int = 128, *, n_layers: int = 2, covariates: Covariates | None = None

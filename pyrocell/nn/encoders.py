@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrocell.distributions import NonZeros
+from pyrocell.distributions import NonZeros, log1p_counts
 from pyrocell.nn.covariates import Covariates, gather_codes
 from pyrocell.nn.mlp import MLP
 
@@ -37,9 +37,11 @@ class GaussianEncoder(nn.Module):
     covariates
         The covariates to condition on beside the batch.
     transform
-        Applied to the input first, tensor or index of non-zeros; ``None`` for an input that is ready.
+        Applied to the input first; ``None`` for an input that is ready. Only `log1p_counts` gets an index of
+        non-zeros as such, any other the dense counts.
     """
 
+    reads_nonzeros: ClassVar[bool] = True
     smallest_variance: ClassVar[float] = 1e-4
     activation: ClassVar[type[nn.Module]] = nn.ReLU
 
@@ -86,8 +88,8 @@ class GaussianEncoder(nn.Module):
         Parameters
         ----------
         x
-            Measured features, shape (..., B, n_in), or the index of their non-zeros (``cells.as_input("counts")``,
-            which saves the dense array); counts, unless built with ``transform=None``.
+            Measured features, shape (..., B, n_in), or the index of their non-zeros (`Cells.as_input`, which saves the
+            dense array); counts, unless built with ``transform=None``.
         batch
             Batch of each cell, int64, shape (B,).
         categorical
@@ -101,6 +103,8 @@ class GaussianEncoder(nn.Module):
             Normal of event shape (n_latent,) and batch shape (..., B).
         """
         codes = gather_codes(self.mlp.covariates, batch, categorical)
+        if isinstance(x, NonZeros) and self.transform not in (None, log1p_counts):
+            x = x.dense()
         hidden = self.mlp(x if self.transform is None else self.transform(x), codes, continuous)
         mean, log_variance = self.mean(hidden), self.log_variance(hidden)
         if mean.dtype in (torch.float16, torch.bfloat16):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -331,10 +332,23 @@ def test_counts_that_somebody_wrote_to_are_those_that_count():
 def test_a_network_reads_few_counts_as_their_non_zeros(n_seen, kind):
     counts = sp.csr_matrix((np.add.outer(np.arange(30), np.arange(12)) % 12 < n_seen) * 1.0)
     cells = open_data(anndata.AnnData(counts)).cells(ROWS)
-    assert isinstance(cells.as_input("counts"), kind)
-    assert torch.equal(torch.clone(cells.as_input("counts")), cells.counts)
+    encoder = SimpleNamespace(reads_nonzeros=True)
+    found = cells.as_input("counts", encoder)
+    assert isinstance(found, kind)
+    assert torch.equal(found.dense() if kind is NonZeros else found, cells.counts)
+    assert cells.as_input("counts", torch.nn.Linear(12, 3)) is cells.counts, "a network that wants a tensor"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cells.as_input("counts", encoder) is cells.counts
+    cells.counts.requires_grad_()
+    assert cells.as_input("counts", encoder) is cells.counts, "somebody wants its gradient"
+    cells = cells.replace(counts=cells.counts.detach() * 2.0)
+    assert cells.as_input("counts", encoder) is cells.counts
+
+
+def test_a_network_reads_counts_that_somebody_wrote_to():
+    cells = open_data(anndata.AnnData(sp.identity(12, format="csr"))).cells(ROWS[ROWS < 12])
     cells.counts.mul_(2.0)
-    assert cells.as_input("counts") is cells.counts, "somebody wrote to the dense counts"
+    assert cells.as_input("counts", SimpleNamespace(reads_nonzeros=True)) is cells.counts
 
 
 def test_dense_counts_are_made_once_for_all_who_share_them():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -79,29 +79,17 @@ def test_a_failure_is_raised_when_all_have_ended(two_threads):
     assert ended == [10]
 
 
-@pytest.mark.parametrize(
-    ("libraries", "chosen"),
-    [
-        ({"/usr/lib/libgomp.so.1"}, "/usr/lib/libgomp.so.1"),
-        ({"/usr/lib/libgomp.so.1", "{site}/torch/lib/libgomp.so.1"}, "{site}/torch/lib/libgomp.so.1"),
-        ({"/usr/lib/libgomp.so.1", "{site}/torch.libs/libgomp-1.so"}, "{site}/torch.libs/libgomp-1.so"),
-        ({"/usr/lib/libgomp.so.1", "/opt/lib/libiomp5.so"}, None),
-        (set(), None),
-    ],
-)
-def test_torchs_own_openmp_is_chosen(libraries, chosen):
-    site = threads.Path(torch.__file__).parents[1]
-    libraries = {path.format(site=site) for path in libraries}
-    if chosen is None:
-        with pytest.raises(ValueError, match="to unpack"):
-            threads._only(libraries)
-    else:
-        assert threads._only(libraries) == chosen.format(site=site)
+@pytest.mark.skipif(sys.platform != "linux", reason="looked for on Linux alone")
+def test_openmp_is_found_where_torch_has_it():
+    assert (threads._region() is not None) == ("backend: OpenMP" in torch.__config__.parallel_info())
 
 
-@pytest.mark.parametrize("found", [set(), {"/nowhere/libgomp.so.1"}, {_ctypes.__file__}])
-def test_without_openmp_one_thread_does_it_all(found, two_threads, monkeypatch):
-    monkeypatch.setattr(threads, "_loaded_libraries", lambda: found)
+@pytest.mark.parametrize("problem", [OSError, AttributeError])
+def test_without_openmp_one_thread_does_it_all(problem, two_threads, monkeypatch):
+    def library(_):
+        raise problem
+
+    monkeypatch.setattr(threads.ctypes, "CDLL", library)
     monkeypatch.setattr(threads, "_region", threads._region.__wrapped__)
     assert parts_of(10) == [(0, 10)]
 
@@ -120,10 +108,51 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.skipif(not hasattr(threads.os, "fork"), reason="no fork on this system")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_works_alone():
     """The threads of its parent are gone: to wait for them would take for ever."""
-    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)
+
+
+LAST = """
+import torch
+from pyrocell.distributions.threads import in_parts
+torch.set_num_threads(2)
+class Last:
+    def __del__(self):
+        parts = []
+        self.in_parts(lambda start, stop: parts.append((start, stop)), 10, n_numbers=2**30)
+        print(parts)
+last = Last()
+last.in_parts = in_parts
+last.in_parts(lambda start, stop: None, 10, n_numbers=2**30)
+"""
+
+
+def test_an_interpreter_that_ends_works_alone():
+    """Other threads can no longer have Python's lock, and would wait for it for ever."""
+    told = subprocess.run([sys.executable, "-c", LAST], check=True, timeout=60, capture_output=True)
+    assert told.stdout.decode().strip() == "[(0, 10)]"
+
+
+@pytest.mark.parametrize("others_ran", [False, True])
+def test_an_interrupt_before_the_first_line_is_raised_all_the_same(others_ran, two_threads, monkeypatch):
+    """Python may act on Ctrl-C where ctypes calls a function: that is printed, and the function does not run."""
+
+    def region(body, data, n, flags):
+        if others_ran:
+            other = threading.Thread(target=body, args=(data,))
+            other.start()
+            other.join()
+
+    monkeypatch.setattr(threads, "_region", lambda: region)
+    with pytest.raises(KeyboardInterrupt):
+        parts_of(10)
+
+
+def test_a_team_of_one_does_all_parts(two_threads, monkeypatch):
+    monkeypatch.setattr(threads, "_region", lambda: lambda body, data, n, flags: body(data))
+    assert parts_of(10) == [(0, 5), (5, 10)]
 
 
 def scores(case: Case, leading: tuple[int, ...]) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
+from pyro.distributions import Normal
 from scipy import sparse
 
 import pyrocell
@@ -158,6 +159,27 @@ def test_queries_make_no_dense_array_of_few_counts(kind, ask, monkeypatch):
         n_dense.clear()
         assert np.isfinite(np.asarray(question(model))).all()
         assert sum(n_dense) <= 64, "a few cells are looked at, to see whether they are those of before"
+
+
+def test_an_encoder_that_knows_tensors_alone_gets_the_counts():
+    class Encoder(torch.nn.Module):
+        n_latent = 10
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mean = torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 10)
+
+        def forward(self, counts):
+            share = counts / counts.sum(-1, keepdim=True)
+            return Normal(self.mean(self.norm(share)), torch.ones(len(counts), 10)).to_event(1)
+
+    adata = synthetic_iid(n_cells=60, n_genes=40, seed=1)
+    adata.X = sparse.csr_matrix((np.add.outer(np.arange(60), np.arange(40)) % 8 == 0).astype(np.float32))
+    SCVI.setup_anndata(adata)
+    model = SCVI(adata)
+    model.encoder = Encoder()
+    model.train(1)
+    assert model.get_latent_representation().shape == (60, 10)
 
 
 def test_some_cells_in_another_order(fitted, tmp_path):

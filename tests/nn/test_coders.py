@@ -10,7 +10,7 @@ import torch
 from pyro.nn import PyroModule
 from torch.nn import functional
 
-from pyrocell.distributions import SoftmaxMean
+from pyrocell.distributions import NonZeros, SoftmaxMean, log1p_counts
 from pyrocell.nn import Covariates, FeatureLinear, GaussianEncoder, ProfileDecoder, select_features
 
 
@@ -55,6 +55,17 @@ def test_encoder_takes_covariates_and_another_transform():
     squared.load_state_dict(plain.state_dict())
     x = torch.rand(3, 4)
     torch.testing.assert_close(squared(x.log1p().sqrt()).mean, plain(x).mean)
+
+
+@pytest.mark.parametrize(
+    "transform", [None, log1p_counts, torch.log1p, lambda x: x / x.sum(-1, keepdim=True)]
+)
+def test_an_encoder_reads_an_index_as_it_reads_the_counts(transform):
+    encoder = GaussianEncoder(12, 3, 8, transform=transform).eval()
+    x = torch.eye(4, 12)
+    index = NonZeros.of(x)
+    index.are_few = True
+    torch.testing.assert_close(encoder(index).mean, encoder(x).mean)
 
 
 def test_encoder_in_half_precision_gives_a_float32_posterior():

@@ -68,7 +68,18 @@ def test_an_index_gives_what_its_counts_give(counts, are_few):
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(linear(index, weight, bias), linear(counts, weight, bias))
+        plain = torch.nn.functional.linear(counts, weight.T, bias)
+        for x in (counts, index):
+            assert linear(x, weight, bias).dtype == torch.bfloat16
+            assert torch.equal(linear(x, weight, bias), plain)
+
+
+def test_counts_whose_gradient_is_wanted_get_it(counts):
+    attach_nonzeros(counts, *counts.nonzero(as_tuple=True), counts[counts != 0])
+    counts.requires_grad_()
+    weight, bias, grad = parameters()
+    (found,) = torch.autograd.grad(linear(counts, weight, bias), counts, grad)
+    torch.testing.assert_close(found, grad @ weight.T)
 
 
 def test_dense_counts_take_the_dense_way(counts):
