@@ -287,8 +287,22 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", CASES)
+TAKES_SECONDS = {
+    "a whole life leaves nothing behind",
+    "models trained in turn equal each alone",
+    "steps from a tape are the plain ones to the bit",
+}
+"""Checks that are made by default for one row of each model, and for its other rows among the slow tests."""
+
+
+def rows():
+    for name in CASES:
+        for check in CHECKS:
+            is_slow = "-" in name and check in TAKES_SECONDS
+            yield pytest.param(name, check, marks=[pytest.mark.slow] if is_slow else [])
+
+
+@pytest.mark.parametrize(("name", "check"), list(rows()))
 def test_contract(name, check, caplog):
     with caplog.at_level(logging.INFO, logger=settings.logger.name):
         run_check(check, CASES[name])
