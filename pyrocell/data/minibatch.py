@@ -93,9 +93,11 @@ class Cells:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        shown = {name: getattr(self, name) for name in (*self._names, "rows", "n_total")}
+        shown = {name: self.as_read(name) for name in (*self._names, "rows", "n_total")}
         shapes = [
-            f"{name} {'x'.join(map(str, value.shape))}" if isinstance(value, Tensor) else f"{name} {value}"
+            f"{name} {'x'.join(map(str, value.shape))}"
+            if isinstance(value, Tensor | NonZeros)
+            else f"{name} {value}"
             for name, value in shown.items()
         ]
         return f"Cells({', '.join(shapes)})"

@@ -137,6 +137,11 @@ class NonZeros:
         """The same entries column by column."""
         return ByColumn(*order_by_column(self.bounds, self.cols, self.values, self.n_columns))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the counts."""
+        return self.n_rows, self.n_columns
+
     def __len__(self) -> int:
         """Give the number of non-zero entries."""
         return self.cols.numel()

@@ -172,13 +172,13 @@ class ModelCore(metaclass=ModelMeta):
         self.module.eval()
         if not hasattr(type(self), "guide") and self._has_latents(cells):
             self.module.autoguide = self.automatic_guide(self._program(self.model), create_plates=self.plate)
-            trace = poutine.trace(self.module.autoguide).get_trace(cells)
-            sites = trace.nodes.values()
+            sites = poutine.trace(self.module.autoguide).get_trace(cells).nodes.values()
             self.has_local_parameters |= any(is_latent(site) and is_local(site) for site in sites)
         names = () if self.dataset is None else self.dataset.obs_names
         self.cell_names = list(names) if self.has_local_parameters else []
+        elbo = self.elbo()
         with pyro.validation_enabled(True), torch.no_grad():
-            (elbo := self.elbo())(cells, with_extra=True)
+            elbo(cells, with_extra=True)
         self._classes_of_model_alone = elbo.has_classes_of_model_alone
 
     def _has_latents(self, cells: Cells) -> bool:

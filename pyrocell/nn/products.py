@@ -42,7 +42,7 @@ def linear(x: Tensor | NonZeros, weight: Tensor, bias: Tensor) -> Tensor:
         Shape (..., n_out).
     """
     by_torch = weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    nonzeros = None if by_torch else _nonzeros(x, weight.dtype)
+    nonzeros = None if by_torch else _nonzeros(x, weight)
     if nonzeros is not None:
         counted: Tensor = _LinearOfCounts.apply(nonzeros, weight)
         return counted + bias
@@ -59,13 +59,16 @@ def _is_large(x: Tensor, weight: Tensor) -> bool:
     return fits and x.numel() * weight.shape[1] >= _LARGE
 
 
-def _nonzeros(x: Tensor | NonZeros, dtype: torch.dtype) -> NonZeros | None:
-    if isinstance(x, NonZeros):
-        return x if x.are_few else None
-    if x.ndim != 2 or x.requires_grad or x.dtype != dtype or x.device.type != "cpu":
-        return None
-    nonzeros = NonZeros.known(x)
-    return nonzeros if nonzeros is not None and nonzeros.are_few else None
+def _nonzeros(x: Tensor | NonZeros, weight: Tensor) -> NonZeros | None:
+    if isinstance(x, Tensor):
+        if x.ndim != 2 or x.requires_grad or x.dtype != weight.dtype or x.device.type != "cpu":
+            return None
+        known = NonZeros.known(x)
+    else:
+        known = x
+    if known is None or not known.are_few or known.n_columns != len(weight):
+        return None  # another width would pass unseen; torch's own product refuses it
+    return known
 
 
 class _LinearOfCounts(torch.autograd.Function):

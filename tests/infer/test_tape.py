@@ -233,13 +233,16 @@ def test_what_depends_on_values_is_never_replayed(model, reason, caplog):
     assert reason in caplog.text
 
 
+class Switches(Autoencoder):
+    """A model whose Python changes its ways when somebody sets ``strength``."""
+
+    strength = 1.0
+
+    def seen(self, counts: torch.Tensor) -> torch.Tensor:
+        return super().seen(counts) * self.strength
+
+
 def test_a_model_that_changes_its_ways_is_found_out_at_the_next_comparison():
-    class Switches(Autoencoder):
-        strength = 1.0
-
-        def seen(self, counts: torch.Tensor) -> torch.Tensor:
-            return super().seen(counts) * self.strength
-
     module = Switches()
     trainer = trainer_of(module, max_epochs=3)
     trainer.fit(minibatches)
@@ -253,14 +256,7 @@ def test_a_model_that_changes_its_ways_is_found_out_at_the_next_comparison():
 @pytest.mark.parametrize("late", [130, 395])
 def test_no_change_stays_unnoticed(late):
     """Comparisons are never more than 128 replays apart, and the last step is one."""
-
-    class ChangesLate(Autoencoder):
-        strength = 1.0
-
-        def seen(self, counts: torch.Tensor) -> torch.Tensor:
-            return super().seen(counts) * self.strength
-
-    module = ChangesLate()
+    module = Switches()
     trainer = trainer_of(module, max_epochs=100)
     add = trainer.tally.add
 

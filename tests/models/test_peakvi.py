@@ -124,8 +124,8 @@ def test_the_first_layers_read_ones_alone(monkeypatch):
     read = []
     seen = products._nonzeros
 
-    def spy(x, dtype):
-        found = seen(x, dtype)
+    def spy(x, weight):
+        found = seen(x, weight)
         read.append((x.n_columns if isinstance(x, NonZeros) else x.shape[-1], found is not None))
         return found
 

@@ -74,6 +74,14 @@ def test_an_index_gives_what_its_counts_give(counts, are_few):
             assert torch.equal(linear(x, weight, bias), plain)
 
 
+@pytest.mark.parametrize("n_in", [N_IN - 1, N_IN + 1])
+def test_counts_of_another_width_are_refused(counts, n_in):
+    attach_nonzeros(counts, *counts.nonzero(as_tuple=True), counts[counts != 0])
+    for x in (counts, NonZeros.of(counts)):
+        with pytest.raises(RuntimeError, match=f"{N_IN} and {n_in}x{N_OUT}"):
+            linear(x, torch.zeros(n_in, N_OUT), torch.zeros(N_OUT))
+
+
 def test_counts_whose_gradient_is_wanted_get_it(counts):
     attach_nonzeros(counts, *counts.nonzero(as_tuple=True), counts[counts != 0])
     counts.requires_grad_()
@@ -83,16 +91,16 @@ def test_counts_whose_gradient_is_wanted_get_it(counts):
 
 
 def test_dense_counts_take_the_dense_way(counts):
-    dense = counts + 1
+    dense, weight = counts + 1, torch.zeros(N_IN, N_OUT)
     attach_nonzeros(dense, *dense.nonzero(as_tuple=True), dense.flatten())
-    assert products._nonzeros(dense, dense.dtype) is None
-    assert products._nonzeros(counts, counts.dtype) is None  # nobody knows where its non-zeros lie
+    assert products._nonzeros(dense, weight) is None
+    assert products._nonzeros(counts, weight) is None  # nobody knows where its non-zeros lie
     NonZeros.of(counts)
-    assert products._nonzeros(counts, counts.dtype) is None  # nor how many there were when they were read
+    assert products._nonzeros(counts, weight) is None  # nor how many there were when they were read
     attach_nonzeros(counts, *counts.nonzero(as_tuple=True), counts[counts != 0])
-    assert products._nonzeros(counts, counts.dtype) is not None
+    assert products._nonzeros(counts, weight) is not None
     counts[0, 1] = 5  # the index is out of date
-    assert products._nonzeros(counts, counts.dtype) is None
+    assert products._nonzeros(counts, weight) is None
 
 
 @pytest.mark.parametrize("leading", [(), (3,)])
